@@ -1,0 +1,52 @@
+"""Argument checks that every backend shares: each names the argument, what came, what is accepted."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FLOATS = "float32, float64, bfloat16 or float16"
+
+
+def check_float_tensor(name: str, value: object, axes: str) -> None:
+    """A floating-point tensor with these axes, as in "B N C"."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor [{axes}], got {type(value).__name__}")
+    if value.dim() != len(axes.split()):
+        raise ValueError(f"{name}: expected [{axes}], got shape {list(value.shape)}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected {_FLOATS}, got {value.dtype}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got {value.layout}")
+
+
+def check_index_tensor(name: str, value: object, axes: str) -> None:
+    """An int64 tensor with these axes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor [{axes}], got {type(value).__name__}")
+    if value.dim() != len(axes.split()):
+        raise ValueError(f"{name}: expected [{axes}], got shape {list(value.shape)}")
+    if value.dtype is not torch.int64:
+        raise TypeError(f"{name}: expected int64, got {value.dtype}")
+
+
+def check_int(name: str, value: object, low: int, high: int | None, meaning: str) -> int:
+    """An integer within [low, high]; `meaning` says what the upper bound is."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        try:
+            value = operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from None
+    if value < low or (high is not None and value > high):
+        upper = "" if high is None else f" and at most {high} ({meaning})"
+        raise ValueError(f"{name}: expected at least {low}{upper}, got {value}")
+    return value  # type: ignore[return-value]
+
+
+def check_same(what: str, name: str, got: object, other: str, expected: object) -> None:
+    """Two arguments that must agree in device, dtype or the size of an axis."""
+    if got != expected:
+        raise ValueError(f"{name}: {what} {got} differs from {other}'s {expected}")

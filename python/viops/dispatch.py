@@ -1,0 +1,350 @@
+"""Which backend runs a call, why the others do not, and how a call reaches it.
+
+A public function goes one of two ways.  In plain eager mode it calls the backend's function itself
+(through an autograd.Function where a gradient is asked for), because every layer between costs
+microseconds.  Under torch.compile, export, a functorch transform, a dispatch mode or a tensor
+subclass it calls the op registered with torch, which then calls the same backend's function.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import catalog, native
+from .checks import FLOAT_DTYPES
+
+#: The torch library that holds the schemas of all ops.
+library = torch.library.Library("viops", "FRAGMENT")
+
+
+class Kernels(NamedTuple):
+    """One backend's functions for one op."""
+
+    forward: Callable
+    backward: Callable
+    #: Called with the tensors' device type and dtype; the reason why this backend cannot, or None.
+    refuses: Callable[[str, torch.dtype], str | None]
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run this call."""
+
+
+_kernels: dict[str, dict[str, Kernels]] = {}
+_choices: dict[tuple, tuple[str, Kernels]] = {}
+_warned: set[tuple[str, str]] = set()
+_forced: str | None = None
+
+
+def _check_backend(name: str, source: str) -> str:
+    if name not in catalog.BACKENDS:
+        raise ValueError(f"{source}: {name!r} is not a backend; there are: {catalog.BACKENDS}")
+    return name
+
+
+def _from_environment() -> str | None:
+    name = os.environ.get("VIOPS_BACKEND", "")
+    return _check_backend(name, "VIOPS_BACKEND") if name else None
+
+
+_forced = _from_environment()
+
+
+def register(op: str, backend: str, kernels: Kernels) -> None:
+    """Adds a backend's functions for an op."""
+    _kernels.setdefault(op, {})[_check_backend(backend, "backend")] = kernels
+
+
+def refuses_native(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the C++ kernels on the CPU cannot run such a call, or None."""
+    if native.extension is None:
+        return native.load_error
+    if device_type != "cpu":
+        return f"needs tensors on the CPU, got {device_type}"
+    return refuses_dtype(device_type, dtype)
+
+
+def refuses_dtype(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why an op over floating-point tensors cannot take this dtype, or None."""
+    if dtype not in FLOAT_DTYPES:
+        return f"needs one of {', '.join(map(str, FLOAT_DTYPES))}, got {dtype}"
+    return None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Makes every op run on this backend, or raise BackendError where it cannot.
+
+    `name` is one of viops.catalog.BACKENDS.  The choice holds for the process, all threads included,
+    until the block ends: autograd runs backward on threads of its own.  The environment variable
+    VIOPS_BACKEND sets it from the start.  Code that torch.compile has compiled keeps calling
+    the registered op, which honours it too.
+    """
+    global _forced
+    previous = _forced
+    _forced = _check_backend(name, "name")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def strict() -> bool:
+    """Whether a fallback to the reference is an error: VIOPS_STRICT=1."""
+    return os.environ.get("VIOPS_STRICT", "0") not in ("", "0")
+
+
+def refusal(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run such a call of the op, or None where it can."""
+    kernels = _kernels[op].get(backend)
+    if kernels is None:
+        return catalog.family_of(op).lacks.get(backend, "not registered")
+    return kernels.refuses(device_type, dtype)
+
+
+def choose(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, Kernels]:
+    """The name and functions of the backend that runs such a call of the op."""
+    key = (op, device_type, dtype, _forced)
+    choice = _choices.get(key)
+    if choice is None:
+        choice = _choose(op, device_type, dtype, _forced)
+        if choice[0] != "reference" or _forced == "reference":
+            _choices[key] = choice
+    return choice
+
+
+def _choose(
+    op: str, device_type: str, dtype: torch.dtype, forced: str | None
+) -> tuple[str, Kernels]:
+    if forced is not None:
+        reason = refusal(op, forced, device_type, dtype)
+        if reason is not None:
+            raise BackendError(f"{op}: backend {forced!r} was asked for, but {reason}")
+        return forced, _kernels[op][forced]
+    reasons = []
+    for backend in catalog.BACKENDS:
+        reason = refusal(op, backend, device_type, dtype)
+        if reason is None:
+            if backend == "reference":
+                _report_fallback(op, reasons)
+            return backend, _kernels[op][backend]
+        reasons.append(f"{backend}: {reason}")
+    raise BackendError(f"{op}: no backend can run this call; {'; '.join(reasons)}")
+
+
+def _report_fallback(op: str, reasons: list[str]) -> None:
+    text = f"{op} runs on the reference, without a kernel of its own: {'; '.join(reasons)}"
+    if strict():
+        raise BackendError(f"{text} (VIOPS_STRICT is set)")
+    if (op, text) not in _warned:
+        _warned.add((op, text))
+        warnings.warn(text, RuntimeWarning, stacklevel=5)
+
+
+class Explanation(NamedTuple):
+    """What viops.explain returns; str() gives it as text."""
+
+    op: str
+    backend: str | None
+    #: For each backend that does not run the call: why.
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend or 'no backend'} runs this call"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def explain(op: str, *args: object) -> Explanation:
+    """Says which backend runs a call of the op with these arguments, and why the others do not.
+
+    `op` is the name of a public function, `args` its arguments; the first tensor among them
+    decides.  Nothing is run.
+
+    >>> print(viops.explain("reorganize_tokens", x, scores, 137))
+    """
+    op = {"class_attention": "class_attention_scores"}.get(op, op)
+    catalog.family_of(op)
+    tensor = next((a for a in args if isinstance(a, Tensor)), None)
+    if tensor is None:
+        raise TypeError("args: there is no tensor among them; accepted are the op's own arguments")
+    device_type, dtype = tensor.device.type, tensor.dtype
+    chosen = None
+    reasons: dict[str, str] = {}
+    for backend in catalog.BACKENDS:
+        reason = refusal(op, backend, device_type, dtype)
+        if reason is None and _forced not in (None, backend):
+            reason = f"backend {_forced!r} is forced"
+        if reason is None and chosen is not None:
+            reason = f"{chosen} is preferred"
+        if reason is None:
+            chosen = backend
+        else:
+            reasons[backend] = reason
+    return Explanation(op, chosen, reasons)
+
+
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_jit_tracing = torch._C._get_tracing_state
+_forward_ad = torch.autograd.forward_ad
+
+
+def is_plain_eager(*tensors: Tensor) -> bool:
+    """Whether a call on these tensors may go straight to a kernel, round torch's dispatcher."""
+    if (
+        _is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _functorch_level() is not None
+        or _jit_tracing() is not None
+        or _forward_ad._current_level >= 0
+    ):
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN_TYPES or tensor.is_neg():
+            return False
+    return True
+
+
+def is_reference_forced() -> bool:
+    """Whether use_backend("reference") holds: public functions are then plain PyTorch throughout."""
+    return _forced == "reference"
+
+
+class _RefuseSecondDerivative(torch.autograd.Function):
+    """Runs a backward op so that differentiating its result raises, where it else would be zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: str, *args: object) -> object:
+        return getattr(torch.ops.viops, op)(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: object) -> None:  # type: ignore[no-untyped-def]
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> None:  # type: ignore[no-untyped-def]
+        raise NotImplementedError(
+            f"{ctx.op}: the kernels have no second derivative; "
+            'viops.use_backend("reference") around forward and backward has'
+        )
+
+
+class Op:
+    """One op as torch and the public function see it: schema, kernel, fake and derivative."""
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        fake: Callable,
+        backward_schema: str,
+        backward_fake: Callable,
+        setup: Callable,
+        backward: Callable,
+    ) -> None:
+        """Registers the op and its backward.
+
+        Args:
+            name: the op's name; its backward is ``<name>_backward``.
+            schema, backward_schema: arguments and results, from the opening parenthesis on.
+            fake, backward_fake: the same without data.
+            setup, backward: what torch.autograd.Function calls setup_context and backward;
+                `backward` calls `run_backward`.
+        """
+        self.name = name
+        for op, full_schema, kernel, op_fake in (
+            (name, schema, self._forward, fake),
+            (f"{name}_backward", backward_schema, self._backward, backward_fake),
+        ):
+            library.define(op + full_schema)
+            library.impl(op, kernel, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"viops::{op}", op_fake, lib=library)
+            _register_vmap_by_folding(op)
+        torch.library.register_autograd(
+            f"viops::{name}", backward, setup_context=setup, lib=library
+        )
+        members = {
+            "generate_vmap_rule": True,
+            "forward": staticmethod(self._run),
+            "setup_context": staticmethod(setup),
+            "backward": staticmethod(backward),
+        }
+        self._function = type(name, (torch.autograd.Function,), members)
+        self._registered = getattr(torch.ops.viops, name).default
+        self._registered_backward = getattr(torch.ops.viops, f"{name}_backward").default
+
+    def __call__(self, *args: object) -> object:
+        """Runs the op on these positional arguments, by the shortest way that is right here."""
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if is_plain_eager(*tensors):
+            if torch.is_grad_enabled():
+                for tensor in tensors:
+                    if tensor.requires_grad:
+                        return self._function.apply(*args)
+            return self._forward(*args)
+        if not _is_compiling() and (
+            _functorch_level() is not None or _forward_ad._current_level >= 0
+        ):
+            return self._function.apply(*args)
+        return self._registered(*args)
+
+    def run_backward(self, *args: object) -> object:
+        """Runs the backward op on these positional arguments, within `backward`."""
+        if torch.is_grad_enabled():
+            return _RefuseSecondDerivative.apply(f"{self.name}_backward", *args)
+        if is_plain_eager(*(arg for arg in args if isinstance(arg, Tensor))):
+            return self._backward(*args)
+        return self._registered_backward(*args)
+
+    def _run(self, *args: object) -> object:
+        if is_plain_eager(*(arg for arg in args if isinstance(arg, Tensor))):
+            return self._forward(*args)
+        return self._registered(*args)
+
+    def _forward(self, *args: object) -> object:
+        first = args[0]
+        _, kernels = choose(self.name, first.device.type, first.dtype)  # type: ignore[attr-defined]
+        return kernels.forward(*args)
+
+    def _backward(self, *args: object) -> object:
+        first = args[0]
+        _, kernels = choose(self.name, first.device.type, first.dtype)  # type: ignore[attr-defined]
+        return kernels.backward(*args)
+
+
+def _register_vmap_by_folding(op: str) -> None:
+    """A vmap rule for an op whose tensors all lead with the batch: the mapped axis joins it."""
+    call = getattr(torch.ops.viops, op)
+
+    def rule(info: object, in_dims: tuple, *args: object) -> tuple:
+        size = info.batch_size  # type: ignore[attr-defined]
+
+        def fold(arg: object, dim: int | None) -> object:
+            if not isinstance(arg, Tensor):
+                return arg
+            moved = arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            return moved.flatten(0, 1)
+
+        def unfold(out: Tensor) -> Tensor:
+            return out.unflatten(0, (size, out.shape[0] // size))
+
+        outputs = call(*(fold(arg, dim) for arg, dim in zip(args, in_dims)))
+        if isinstance(outputs, Tensor):
+            return unfold(outputs), 0
+        return tuple(unfold(out) for out in outputs), (0,) * len(outputs)
+
+    torch.library.register_vmap(f"viops::{op}", rule, lib=library)

@@ -1,0 +1,1 @@
+"""One folder an op family: README.md, reference.py, op.py, module.py, cases.py."""

@@ -1,0 +1,1 @@
+"""Puts ops into models that exist, and takes them out again."""
