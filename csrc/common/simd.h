@@ -1,0 +1,250 @@
+// Vectors of the width of the CPU level that the including cpu.cpp is built for, half types, and
+// copies.  All of it is local to the including file: see cpu_level.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace viops {
+namespace {
+
+#define VIOPS_INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+struct float16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+VIOPS_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// --- vectors: `Lanes<A>` of one register, A float or double
+
+template <class A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t mask __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t mask __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vector = typename VectorOf<A>::type;
+template <class A>
+using MaskVector = typename VectorOf<A>::mask;
+template <class A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes)));
+
+// The same conversions for one element (uint32_t) and for a vector (FloatBits): round to nearest even.
+
+template <class Bits>
+VIOPS_INLINE Bits float_bits_to_bfloat16(Bits bits) {
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits quiet_nan = (bits >> 16) | 0x40u;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
+}
+
+template <class Bits, class Float>
+VIOPS_INLINE Float float16_bits_to_float(Bits half) {
+  const Bits magnitude = half & 0x7fffu;
+  // a float of the same exponent field, brought to its value by 2^112: right for subnormals too
+  const Float scaled = bit_cast<Float>(magnitude << 13) * 0x1p112f;
+  const Bits finite = bit_cast<Bits>(scaled);
+  const Bits special = (magnitude << 13) | 0x7f800000u;
+  return bit_cast<Float>((magnitude > 0x7bffu ? special : finite) | ((half & 0x8000u) << 16));
+}
+
+template <class Bits, class Float>
+VIOPS_INLINE Bits float_bits_to_float16(Bits bits) {
+  const Bits magnitude = bits & 0x7fffffffu;
+  const Bits sign = (bits & 0x80000000u) >> 16;
+  const Bits normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // adding 0.5 aligns a subnormal's last bit with the float's and lets the addition round
+  const Bits subnormal = bit_cast<Bits>(bit_cast<Float>(magnitude) + 0.5f) - 0x3f000000u;
+  const Bits nan = ((magnitude >> 13) & 0x3ffu) | 0x7e00u;
+  const Bits infinity = (magnitude & 0u) | 0x7c00u;
+  const Bits finite = magnitude < 0x38800000u ? subnormal : normal;
+  const Bits large = magnitude > 0x7f800000u ? nan : infinity;
+  return (magnitude >= 0x477ff000u ? large : finite) | sign;
+}
+
+// --- one element: T is float, double, bfloat16 or float16
+
+VIOPS_INLINE float widen(float value) { return value; }
+VIOPS_INLINE double widen(double value) { return value; }
+VIOPS_INLINE float widen(bfloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
+VIOPS_INLINE float widen(float16 value) {
+  return float16_bits_to_float<uint32_t, float>(value.bits);
+}
+
+template <class T, class A>
+struct Narrow {
+  static VIOPS_INLINE T of(A value) { return static_cast<T>(value); }
+};
+template <class A>
+struct Narrow<bfloat16, A> {
+  static VIOPS_INLINE bfloat16 of(A value) {
+    const auto bits = bit_cast<uint32_t>(static_cast<float>(value));
+    return {static_cast<uint16_t>(float_bits_to_bfloat16(bits))};
+  }
+};
+template <class A>
+struct Narrow<float16, A> {
+  static VIOPS_INLINE float16 of(A value) {
+    const auto bits = bit_cast<uint32_t>(static_cast<float>(value));
+    return {static_cast<uint16_t>(float_bits_to_float16<uint32_t, float>(bits))};
+  }
+};
+
+// --- a vector of A from and to kLanes<A> elements of T; any alignment
+
+template <class A, class T>
+VIOPS_INLINE Vector<A> load(const T* from) {
+  Vector<A> lanes;
+  for (int i = 0; i < kLanes<A>; ++i) lanes[i] = static_cast<A>(widen(from[i]));
+  return lanes;
+}
+template <>
+VIOPS_INLINE Vector<float> load<float>(const float* from) {
+  Vector<float> lanes;
+  std::memcpy(&lanes, from, sizeof(lanes));
+  return lanes;
+}
+template <>
+VIOPS_INLINE Vector<double> load<double>(const double* from) {
+  Vector<double> lanes;
+  std::memcpy(&lanes, from, sizeof(lanes));
+  return lanes;
+}
+VIOPS_INLINE FloatBits load_half_bits(const void* from) {
+  HalfBits bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return __builtin_convertvector(bits, FloatBits);
+}
+template <>
+VIOPS_INLINE Vector<float> load<float>(const bfloat16* from) {
+  return bit_cast<Vector<float>>(load_half_bits(from) << 16);
+}
+template <>
+VIOPS_INLINE Vector<float> load<float>(const float16* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  return float16_bits_to_float<FloatBits, Vector<float>>(load_half_bits(from));
+#endif
+}
+
+template <class A, class T>
+VIOPS_INLINE void store(T* to, Vector<A> lanes) {
+  for (int i = 0; i < kLanes<A>; ++i) to[i] = Narrow<T, A>::of(lanes[i]);
+}
+template <>
+VIOPS_INLINE void store<float>(float* to, Vector<float> lanes) {
+  std::memcpy(to, &lanes, sizeof(lanes));
+}
+template <>
+VIOPS_INLINE void store<double>(double* to, Vector<double> lanes) {
+  std::memcpy(to, &lanes, sizeof(lanes));
+}
+template <>
+VIOPS_INLINE void store<float>(bfloat16* to, Vector<float> lanes) {
+  const HalfBits bits = __builtin_convertvector(float_bits_to_bfloat16(bit_cast<FloatBits>(lanes)), HalfBits);
+  std::memcpy(to, &bits, sizeof(bits));
+}
+template <>
+VIOPS_INLINE void store<float>(float16* to, Vector<float> lanes) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(lanes, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(lanes, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const FloatBits wide = float_bits_to_float16<FloatBits, Vector<float>>(bit_cast<FloatBits>(lanes));
+  const HalfBits bits = __builtin_convertvector(wide, HalfBits);
+  std::memcpy(to, &bits, sizeof(bits));
+#endif
+}
+
+VIOPS_INLINE float sum_lanes(Vector<float> lanes) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(lanes);
+#elif defined(__AVX2__)
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+#else
+  float sum = 0;
+  for (int i = 0; i < kLanes<float>; ++i) sum += lanes[i];
+  return sum;
+#endif
+}
+VIOPS_INLINE double sum_lanes(Vector<double> lanes) {
+  double sum = 0;
+  for (int i = 0; i < kLanes<double>; ++i) sum += lanes[i];
+  return sum;
+}
+
+// --- copies
+
+// Copies `bytes`, a multiple of 64, to a 64-byte-aligned place without reading its cache lines first.
+// The caller fences (stream_fence) before another thread may read.
+VIOPS_INLINE void stream_copy(void* to, const void* from, int64_t bytes) {
+#if defined(__AVX512F__)
+  for (int64_t i = 0; i < bytes; i += 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(to) + i),
+                        _mm512_loadu_si512(static_cast<const char*>(from) + i));
+  }
+#elif defined(__AVX2__)
+  for (int64_t i = 0; i < bytes; i += 64) {
+    auto* out = reinterpret_cast<__m256i*>(static_cast<char*>(to) + i);
+    const auto* in = reinterpret_cast<const __m256i*>(static_cast<const char*>(from) + i);
+    const __m256i low = _mm256_loadu_si256(in), high = _mm256_loadu_si256(in + 1);
+    _mm256_stream_si256(out, low);
+    _mm256_stream_si256(out + 1, high);
+  }
+#elif defined(__x86_64__)
+  for (int64_t i = 0; i < bytes; i += 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + i),
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + i)));
+  }
+#else
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+#endif
+}
+
+VIOPS_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace
+}  // namespace viops

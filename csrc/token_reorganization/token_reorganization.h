@@ -1,0 +1,52 @@
+// Token reorganization (EViT, ICLR 2022): the contracts of its kernels.
+//
+// B images, H heads, N tokens of which the first N - P are prefix and the last P patches, C channels,
+// D channels a head.  Inputs may have any strides; outputs are contiguous unless said otherwise and
+// overlap no input.  B, keep, P and C may be zero.  Sums are held in float32, or in float64 where an
+// input is float64.  Shapes, dtypes and devices have been checked by bind.cpp.
+#pragma once
+
+#include "common/cpu_level.h"
+#include "common/tensor_view.h"
+
+namespace viops::token_reorganization {
+
+struct CpuKernels {
+  // q, k [B, H, N, D] -> probabilities [B, H, N] = softmax over N of scale * <q[b, h, 0], k[b, h, n]>,
+  // float64 where q is, else float32;
+  // scores [B, P] float32 = mean over heads of the last P columns.  H, D and N at least 1.
+  void (*class_attention_scores_forward)(const TensorView& q, const TensorView& k, double scale,
+                                         const TensorView& scores, const TensorView& probabilities);
+
+  // grad_scores [B, P] -> grad_q [B, H, N, D], zero but in row 0, and grad_k [B, H, N, D], of q's dtype
+  // and any strides.
+  void (*class_attention_scores_backward)(const TensorView& grad_scores, const TensorView& q,
+                                          const TensorView& k, const TensorView& probabilities,
+                                          double scale, const TensorView& grad_q, const TensorView& grad_k);
+
+  // x [B, N, C], scores [B, P] -> tokens [B, N - P + keep + fuse, C]: prefix, kept patches by falling
+  // score (NaN highest, equal ones by rising place), and with fuse the sum of scores * x over the
+  // others; index [B, keep] int64.
+  void (*reorganize_tokens_forward)(const TensorView& x, const TensorView& scores,
+                                    const TensorView& tokens, const TensorView& index);
+
+  // grad_tokens [B, N - P + keep + fuse, C] -> grad_x [B, N, C] and grad_scores [B, P]; either may be
+  // null.  x [B, N, C] is read for grad_scores alone, else null.  `ranks` [B, P]: where each patch went
+  // in 0..keep-1, or -1.
+  void (*reorganize_tokens_backward)(const TensorView& grad_tokens, const TensorView* x,
+                                     const TensorView& scores, const int32_t* ranks, int64_t keep,
+                                     const TensorView* grad_x, const TensorView* grad_scores);
+
+  // tokens [B, N - P + keep + fused, C] -> x [B, N, C]: kept tokens at their places, the fused token, or
+  // zero where there is none, at all others.
+  void (*restore_tokens_forward)(const TensorView& tokens, const int32_t* ranks, int64_t keep,
+                                 int64_t num_patches, const TensorView& x);
+
+  // grad_x [B, N, C] -> grad_tokens [B, N - P + keep + fused, C].
+  void (*restore_tokens_backward)(const TensorView& grad_x, const int32_t* ranks, int64_t keep,
+                                  int64_t num_patches, const TensorView& grad_tokens);
+};
+
+VIOPS_DECLARE_KERNELS(CpuKernels);
+
+}  // namespace viops::token_reorganization
