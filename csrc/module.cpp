@@ -10,8 +10,8 @@
 namespace py = pybind11;
 
 namespace viops {
-#define VIOPS_OP(op) \
-  namespace op {     \
+#define VIOPS_OP(op)              \
+  namespace op {                  \
   void bind(py::module_& module); \
   }
 #include "ops.inc"

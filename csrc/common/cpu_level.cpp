@@ -1,5 +1,7 @@
 #include "common/cpu_level.h"
 
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -15,8 +17,8 @@ CpuLevel parse(const char* name) {
     if (std::string(name) == candidate) return static_cast<CpuLevel>(level);
     known += (level ? ", " : "") + std::string(candidate);
   }
-  throw std::invalid_argument("CPU level: '" + std::string(name) + "' is not one that this machine has; it has: " +
-                              known);
+  throw std::invalid_argument("CPU level: '" + std::string(name) +
+                              "' is not one that this machine has; it has: " + known);
 }
 
 std::atomic<CpuLevel>& current() {
@@ -58,6 +60,18 @@ CpuLevel highest_cpu_level() { return CpuLevel::baseline; }
 #endif
 
 CpuLevel cpu_level() { return current().load(std::memory_order_relaxed); }
+
+int64_t last_cache_bytes() {
+  static const int64_t size = [] {
+    constexpr int64_t usual = 16 << 20;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    const int64_t told = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (told > 0) return told;
+#endif
+    return usual;
+  }();
+  return size;
+}
 
 void set_cpu_level(const char* name) { current().store(parse(name), std::memory_order_relaxed); }
 

@@ -5,6 +5,8 @@
 // compile for another level, since the linker would keep either; the build checks that (check_levels.cmake).
 #pragma once
 
+#include <cstdint>
+
 namespace viops {
 
 #if defined(VIOPS_X86_LEVELS)
@@ -33,5 +35,8 @@ CpuLevel cpu_level();
 
 // Throws std::invalid_argument for a name that is no level or one that the machine lacks.
 void set_cpu_level(const char* name);
+
+// The size of the last cache that the operating system tells of; a usual one where it does not.
+int64_t last_cache_bytes();
 
 }  // namespace viops

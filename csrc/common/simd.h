@@ -100,9 +100,7 @@ VIOPS_INLINE Bits float_bits_to_float16(Bits bits) {
 VIOPS_INLINE float widen(float value) { return value; }
 VIOPS_INLINE double widen(double value) { return value; }
 VIOPS_INLINE float widen(bfloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
-VIOPS_INLINE float widen(float16 value) {
-  return float16_bits_to_float<uint32_t, float>(value.bits);
-}
+VIOPS_INLINE float widen(float16 value) { return float16_bits_to_float<uint32_t, float>(value.bits); }
 
 template <class T, class A>
 struct Narrow {

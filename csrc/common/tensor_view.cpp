@@ -43,7 +43,8 @@ void TensorView::check_shape(std::initializer_list<int64_t> expected, const char
 
 void TensorView::check_floating() const {
   if (dtype == DType::int64 || dtype == DType::other) {
-    throw TypeMismatch(named(*this) + "expected float32, float64, bfloat16 or float16, got " + name_of(dtype));
+    throw TypeMismatch(named(*this) + "expected float32, float64, bfloat16 or float16, got " +
+                       name_of(dtype));
   }
 }
 

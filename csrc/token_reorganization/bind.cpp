@@ -44,8 +44,9 @@ void check_scores_and_probabilities(const TensorView& q, const TensorView& score
   scores.check_rank(2, "B, P");
   scores.check_shape({q.shape[0], scores.shape[1]}, "B, P");
   if (scores.shape[1] > q.shape[2]) {
-    throw std::invalid_argument(std::string(scores.name) + ": expected at most N = " +
-                                std::to_string(q.shape[2]) + " columns, got " + std::to_string(scores.shape[1]));
+    throw std::invalid_argument(std::string(scores.name) +
+                                ": expected at most N = " + std::to_string(q.shape[2]) + " columns, got " +
+                                std::to_string(scores.shape[1]));
   }
   probabilities.check_shape({q.shape[0], q.shape[1], q.shape[2]}, "B, H, N");
   probabilities.check_dtype(q.dtype == DType::float64 ? DType::float64 : DType::float32);
@@ -75,7 +76,8 @@ void class_attention_scores_backward(py::handle grad_scores_, py::handle q_, py:
   check_queries_and_keys(q, k);
   check_scores_and_probabilities(q, grad_scores, probabilities);
   grad_scores.check_dtype(DType::float32);
-  for (const TensorView* grad : {static_cast<const TensorView*>(&grad_q), static_cast<const TensorView*>(&grad_k)}) {
+  for (const TensorView* grad :
+       {static_cast<const TensorView*>(&grad_q), static_cast<const TensorView*>(&grad_k)}) {
     grad->check_shape({q.shape[0], q.shape[1], q.shape[2], q.shape[3]}, "B, H, N, D");
     grad->check_same_dtype(q);
   }
@@ -84,10 +86,12 @@ void class_attention_scores_backward(py::handle grad_scores_, py::handle q_, py:
 }
 
 // Checks tokens [B, M, C] against keep, P and x's [B, N, C]: M = N - P + keep, or one more.
-void check_tokens(const TensorView& tokens, int64_t batch, int64_t num_prefix, int64_t keep, int64_t channels) {
+void check_tokens(const TensorView& tokens, int64_t batch, int64_t num_prefix, int64_t keep,
+                  int64_t channels) {
   tokens.check_rank(3, "B, M, C");
   const int64_t fused = tokens.shape[1] - num_prefix - keep;
-  tokens.check_shape({batch, num_prefix + keep + (fused == 1), channels}, "B, num_prefix + keep + (0 or 1), C");
+  tokens.check_shape({batch, num_prefix + keep + (fused == 1), channels},
+                     "B, num_prefix + keep + (0 or 1), C");
 }
 
 int64_t check_index(const TensorView& index, int64_t batch, int64_t num_patches) {
@@ -95,8 +99,9 @@ int64_t check_index(const TensorView& index, int64_t batch, int64_t num_patches)
   index.check_rank(2, "B, keep");
   index.check_shape({batch, index.shape[1]}, "B, keep");
   if (index.shape[1] > num_patches) {
-    throw std::invalid_argument(std::string(index.name) + ": expected at most " + std::to_string(num_patches) +
-                                " places (the number of patches), got " + std::to_string(index.shape[1]));
+    throw std::invalid_argument(std::string(index.name) + ": expected at most " +
+                                std::to_string(num_patches) + " places (the number of patches), got " +
+                                std::to_string(index.shape[1]));
   }
   return index.shape[1];
 }
@@ -115,7 +120,8 @@ std::vector<int32_t> ranks_of(const TensorView& index, int64_t num_patches) {
   std::vector<int32_t> ranks(batch * num_patches, -1);
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t j = 0; j < keep; ++j) {
-      const int64_t place = static_cast<const int64_t*>(index.data)[b * index.stride[0] + j * index.stride[1]];
+      const int64_t place =
+          static_cast<const int64_t*>(index.data)[b * index.stride[0] + j * index.stride[1]];
       if (place < 0 || place >= num_patches) {
         throw std::invalid_argument("index: expected places from 0 to " + std::to_string(num_patches - 1) +
                                     ", got " + std::to_string(place));
@@ -132,7 +138,8 @@ std::vector<int32_t> ranks_of(const TensorView& index, int64_t num_patches) {
 }
 
 void reorganize_tokens_forward(py::handle x_, py::handle scores_, py::handle tokens_, py::handle index_) {
-  const TensorArgument x("x", x_), scores("scores", scores_), tokens("tokens", tokens_), index("index", index_);
+  const TensorArgument x("x", x_), scores("scores", scores_), tokens("tokens", tokens_),
+      index("index", index_);
   check_on_cpu(x, scores, tokens, index);
   x.check_rank(3, "B, N, C");
   x.check_floating();
@@ -151,7 +158,8 @@ void reorganize_tokens_forward(py::handle x_, py::handle scores_, py::handle tok
 
 void reorganize_tokens_backward(py::handle grad_tokens_, py::handle x_, py::handle scores_, py::handle index_,
                                 py::handle grad_x_, py::handle grad_scores_) {
-  const TensorArgument grad_tokens("grad_tokens", grad_tokens_), scores("scores", scores_), index("index", index_);
+  const TensorArgument grad_tokens("grad_tokens", grad_tokens_), scores("scores", scores_),
+      index("index", index_);
   const OptionalArgument x("x", x_), grad_x("grad_x", grad_x_), grad_scores("grad_scores", grad_scores_);
   check_on_cpu(grad_tokens, scores, index);
   grad_tokens.check_rank(3, "B, M, C");
@@ -182,8 +190,8 @@ void reorganize_tokens_backward(py::handle grad_tokens_, py::handle x_, py::hand
   }
   const std::vector<int32_t> ranks = ranks_of(index, num_patches);
   py::gil_scoped_release released;
-  kernels().reorganize_tokens_backward(grad_tokens, x.view.get(), scores, ranks.data(), keep, grad_x.view.get(),
-                                       grad_scores.view.get());
+  kernels().reorganize_tokens_backward(grad_tokens, x.view.get(), scores, ranks.data(), keep,
+                                       grad_x.view.get(), grad_scores.view.get());
 }
 
 void restore_tokens_forward(py::handle tokens_, py::handle index_, int64_t num_prefix, py::handle x_) {
@@ -204,8 +212,10 @@ void restore_tokens_forward(py::handle tokens_, py::handle index_, int64_t num_p
   kernels().restore_tokens_forward(tokens, ranks.data(), keep, num_patches, x);
 }
 
-void restore_tokens_backward(py::handle grad_x_, py::handle index_, int64_t num_prefix, py::handle grad_tokens_) {
-  const TensorArgument grad_x("grad_x", grad_x_), index("index", index_), grad_tokens("grad_tokens", grad_tokens_);
+void restore_tokens_backward(py::handle grad_x_, py::handle index_, int64_t num_prefix,
+                             py::handle grad_tokens_) {
+  const TensorArgument grad_x("grad_x", grad_x_), index("index", index_),
+      grad_tokens("grad_tokens", grad_tokens_);
   check_on_cpu(grad_x, index, grad_tokens);
   grad_x.check_rank(3, "B, N, C");
   grad_x.check_floating();

@@ -1,16 +1,15 @@
 // Token reorganization on the CPU; built once a CPU level.
-#include "token_reorganization/token_reorganization.h"
-
 #include <algorithm>
 
 #include "common/rows.h"
 #include "token_reorganization/cpu_scores.h"
+#include "token_reorganization/token_reorganization.h"
 
 namespace viops::token_reorganization {
 namespace {
 
-// Above this many bytes written, the output would drive the inputs out of the caches: it goes past them.
-constexpr int64_t kStreamBytes = 4 << 20;
+// How many rows ahead of their use loads start: rows are read in an order that no hardware guesses.
+constexpr int64_t kPrefetchRows = 2;
 // Up to this many patches, comparing each with each beats sorting.
 constexpr int64_t kRankByCounting = 640;
 
@@ -27,6 +26,14 @@ struct Rows {
         stride_c(view.shape[2] > 1 ? view.stride[2] : 1),
         channels(view.shape[2]) {}
 
+  // Starts loading a row that is read soon.
+  VIOPS_INLINE void prefetch(int64_t b, int64_t n, int64_t first, int64_t count) const {
+    if (stride_c != 1) return;
+    const char* row = reinterpret_cast<const char*>(data + b * stride_b + n * stride_n + first);
+    for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += kCacheLine)
+      __builtin_prefetch(row + i);
+  }
+
   VIOPS_INLINE const T* get(int64_t b, int64_t n, int64_t first, int64_t count, T* buffer) const {
     const T* row = data + b * stride_b + n * stride_n + first * stride_c;
     if (stride_c == 1) return row;
@@ -41,9 +48,11 @@ struct RowWriter {
   T* data;
   bool stream;
 
-  RowWriter(const TensorView& view, int64_t row_bytes, int64_t total_bytes)
+  // `moved` is how many bytes the call reads and writes: where they overflow the last cache, what is
+  // written goes past it, so that it drives out nothing that is still to be read.
+  RowWriter(const TensorView& view, int64_t row_bytes, int64_t moved)
       : data(static_cast<T*>(view.data)),
-        stream(total_bytes > kStreamBytes && row_bytes % kCacheLine == 0 &&
+        stream(moved > last_cache_bytes() / 2 && row_bytes % kCacheLine == 0 &&
                reinterpret_cast<uintptr_t>(view.data) % kCacheLine == 0) {}
 
   VIOPS_INLINE void copy(T* to, const T* from, int64_t count) const {
@@ -100,7 +109,8 @@ void rank_by_counting(const SortKey<A>* keys, int64_t num_patches, int32_t* rank
 
 // ranks[i] = how many patches come before patch i, for the first `keep`; `keep` for all others.
 template <class Key>
-void rank_by_sorting(const Key* keys, int64_t num_patches, int64_t keep, Entry<Key>* entries, int32_t* ranks) {
+void rank_by_sorting(const Key* keys, int64_t num_patches, int64_t keep, Entry<Key>* entries,
+                     int32_t* ranks) {
   for (int64_t i = 0; i < num_patches; ++i) entries[i] = {keys[i], static_cast<int32_t>(i)};
   const auto before = [](const Entry<Key>& a, const Entry<Key>& b) {
     return a.key > b.key || (a.key == b.key && a.place < b.place);
@@ -121,9 +131,12 @@ template <class A>
 void read_scores(const TensorView& scores, int64_t b, A* to) {
   const int64_t count = scores.shape[1], stride = scores.stride[1], start = b * scores.stride[0];
   switch (scores.dtype) {
-    case DType::float32: return widen_scores(static_cast<const float*>(scores.data) + start, stride, count, to);
-    case DType::float64: return widen_scores(static_cast<const double*>(scores.data) + start, stride, count, to);
-    case DType::bfloat16: return widen_scores(static_cast<const bfloat16*>(scores.data) + start, stride, count, to);
+    case DType::float32:
+      return widen_scores(static_cast<const float*>(scores.data) + start, stride, count, to);
+    case DType::float64:
+      return widen_scores(static_cast<const double*>(scores.data) + start, stride, count, to);
+    case DType::bfloat16:
+      return widen_scores(static_cast<const bfloat16*>(scores.data) + start, stride, count, to);
     default: return widen_scores(static_cast<const float16*>(scores.data) + start, stride, count, to);
   }
 }
@@ -168,6 +181,7 @@ struct Collect {
       const int64_t rank = ranks[b * num_patches + i];
       const bool kept = rank >= 0 && rank < keep;
       if (!kept && !fuse) continue;
+      if (i + kPrefetchRows < num_patches) from.prefetch(b, num_prefix + i + kPrefetchRows, first, count);
       const T* row = from.get(b, num_prefix + i, first, count, buffers[num_waiting]);
       if (kept) {
         to.copy(out + (num_prefix + rank) * channels, row, count);
@@ -225,11 +239,12 @@ void reorganize_forward(const TensorView& x, const TensorView& scores, const Ten
   const int64_t batch = x.shape[0], channels = x.shape[2], num_patches = scores.shape[1];
   const int64_t num_prefix = x.shape[1] - num_patches, keep = index.shape[1], num_tokens = tokens.shape[1];
   const int64_t row_bytes = channels * static_cast<int64_t>(sizeof(T));
+  const int64_t bytes = batch * (x.shape[1] + num_tokens) * row_bytes;
   const bool counting = num_patches <= kRankByCounting;
 
   const int64_t keys_bytes = padded(num_patches * sizeof(Key));
   const int64_t entries_bytes = counting ? 0 : padded(num_patches * sizeof(Entry<Key>));
-  const Scratch weights_memory(batch * num_patches * sizeof(A));  // [B, P]
+  const Scratch weights_memory(batch * num_patches * sizeof(A));      // [B, P]
   const Scratch ranks_memory(batch * num_patches * sizeof(int32_t));  // [B, P]
   const Scratch keys_memory(batch * (keys_bytes + entries_bytes));
   const Scratch rows_memory(batch * Collect<T, A>::scratch_bytes(channels));
@@ -237,7 +252,7 @@ void reorganize_forward(const TensorView& x, const TensorView& scores, const Ten
   int32_t* ranks = reinterpret_cast<int32_t*>(ranks_memory.data());
 
   const Collect<T, A> collect{Rows<T>(x),
-                              RowWriter<T>(tokens, row_bytes, batch * num_tokens * row_bytes),
+                              RowWriter<T>(tokens, row_bytes, bytes),
                               ranks,
                               weights,
                               num_tokens,
@@ -263,7 +278,7 @@ void reorganize_forward(const TensorView& x, const TensorView& scores, const Ten
       if (rank[i] < keep) out[rank[i]] = i;
     }
   };
-  for_each_image(batch, channels, batch * (x.shape[1] + num_tokens) * row_bytes, rank_image,
+  for_each_image(batch, channels, bytes, rank_image,
                  [&](int64_t b, int64_t first, int64_t count) { collect.run(b, first, count); });
 }
 
@@ -274,9 +289,10 @@ void restore_backward(const TensorView& grad_x, const int32_t* ranks, int64_t ke
   const int64_t batch = grad_x.shape[0], channels = grad_x.shape[2], num_tokens = grad_tokens.shape[1];
   const int64_t num_prefix = grad_x.shape[1] - num_patches;
   const int64_t row_bytes = channels * static_cast<int64_t>(sizeof(T));
+  const int64_t bytes = batch * (grad_x.shape[1] + num_tokens) * row_bytes;
   const Scratch rows_memory(batch * Collect<T, A>::scratch_bytes(channels));
   const Collect<T, A> collect{Rows<T>(grad_x),
-                              RowWriter<T>(grad_tokens, row_bytes, batch * num_tokens * row_bytes),
+                              RowWriter<T>(grad_tokens, row_bytes, bytes),
                               ranks,
                               nullptr,
                               num_tokens,
@@ -285,8 +301,9 @@ void restore_backward(const TensorView& grad_x, const int32_t* ranks, int64_t ke
                               keep,
                               num_tokens > num_prefix + keep,
                               rows_memory.data()};
-  for_each_image(batch, channels, batch * (grad_x.shape[1] + num_tokens) * row_bytes, [](int64_t) {},
-                 [&](int64_t b, int64_t first, int64_t count) { collect.run(b, first, count); });
+  for_each_image(
+      batch, channels, bytes, [](int64_t) {},
+      [&](int64_t b, int64_t first, int64_t count) { collect.run(b, first, count); });
 }
 
 // --- few rows to many: kept rows back to their places, the weighted last row at all others
@@ -321,6 +338,11 @@ struct Spread {
       const int64_t rank = place < 0 ? -1 : ranks[b * num_patches + place];
       const bool dropped = place >= 0 && (rank < 0 || rank >= keep);
       T* out = to ? to->data + (b * (num_prefix + num_patches) + n) * channels : nullptr;
+      if (place >= 0 && place + kPrefetchRows < num_patches) {
+        const int64_t next = ranks[b * num_patches + place + kPrefetchRows];
+        if (to && next >= 0 && next < keep) from.prefetch(b, num_prefix + next, 0, channels);
+        if (x && (next < 0 || next >= keep)) x->prefetch(b, n + kPrefetchRows, 0, channels);
+      }
       if (!dropped) {
         if (to) to->copy(out, from.get(b, place < 0 ? n : num_prefix + rank, 0, channels, buffer), channels);
         if (dots && place >= 0) dots[b * num_patches + place] = A(0);
@@ -380,11 +402,11 @@ void reorganize_backward(const TensorView& grad_tokens, const TensorView* x, con
   A* dots = reinterpret_cast<A*>(dots_memory.data());
   for (int64_t b = 0; b < batch; ++b) read_scores(scores, b, weights + b * num_patches);
 
-  RowWriter<T> writer(grad_x ? *grad_x : grad_tokens, row_bytes, batch * num_tokens * row_bytes);
+  RowWriter<T> writer(grad_x ? *grad_x : grad_tokens, row_bytes, bytes);
   const Rows<T> x_rows(x ? *x : grad_tokens);
   const int64_t num_prefix = num_tokens - num_patches;
-  spread_rows(Spread<T, A>{Rows<T>(grad_tokens), x ? &x_rows : nullptr, grad_x ? &writer : nullptr, ranks, weights,
-                           grad_scores ? dots : nullptr, num_prefix, num_patches, keep,
+  spread_rows(Spread<T, A>{Rows<T>(grad_tokens), x ? &x_rows : nullptr, grad_x ? &writer : nullptr, ranks,
+                           weights, grad_scores ? dots : nullptr, num_prefix, num_patches, keep,
                            grad_tokens.shape[1] > num_prefix + keep},
               batch, bytes);
   if (!grad_scores) return;
@@ -403,19 +425,20 @@ void restore_forward(const TensorView& tokens, const int32_t* ranks, int64_t kee
   using A = decltype(widen(T()));
   const int64_t batch = tokens.shape[0], num_prefix = x.shape[1] - num_patches;
   const int64_t row_bytes = tokens.shape[2] * static_cast<int64_t>(sizeof(T));
-  RowWriter<T> writer(x, row_bytes, batch * x.shape[1] * row_bytes);
-  spread_rows(Spread<T, A>{Rows<T>(tokens), nullptr, &writer, ranks, nullptr, nullptr, num_prefix, num_patches, keep,
-                           tokens.shape[1] > num_prefix + keep},
-              batch, batch * (x.shape[1] + tokens.shape[1]) * row_bytes);
+  const int64_t bytes = batch * (x.shape[1] + tokens.shape[1]) * row_bytes;
+  RowWriter<T> writer(x, row_bytes, bytes);
+  spread_rows(Spread<T, A>{Rows<T>(tokens), nullptr, &writer, ranks, nullptr, nullptr, num_prefix,
+                           num_patches, keep, tokens.shape[1] > num_prefix + keep},
+              batch, bytes);
 }
 
 // Calls Function<T> for the dtype of a checked floating-point tensor.
-#define VIOPS_FOR_DTYPE(view, Function, ...)                   \
-  switch ((view).dtype) {                                      \
-    case DType::float32: return Function<float>(__VA_ARGS__);  \
-    case DType::float64: return Function<double>(__VA_ARGS__); \
+#define VIOPS_FOR_DTYPE(view, Function, ...)                      \
+  switch ((view).dtype) {                                         \
+    case DType::float32: return Function<float>(__VA_ARGS__);     \
+    case DType::float64: return Function<double>(__VA_ARGS__);    \
     case DType::bfloat16: return Function<bfloat16>(__VA_ARGS__); \
-    default: return Function<float16>(__VA_ARGS__);            \
+    default: return Function<float16>(__VA_ARGS__);               \
   }
 
 // Sums are float64 where an input is.
@@ -429,9 +452,9 @@ void reorganize_forward_by_scores(const TensorView& x, const TensorView& scores,
 }
 
 template <class T>
-void reorganize_backward_by_scores(const TensorView& grad_tokens, const TensorView* x, const TensorView& scores,
-                                   const int32_t* ranks, int64_t keep, const TensorView* grad_x,
-                                   const TensorView* grad_scores) {
+void reorganize_backward_by_scores(const TensorView& grad_tokens, const TensorView* x,
+                                   const TensorView& scores, const int32_t* ranks, int64_t keep,
+                                   const TensorView* grad_x, const TensorView* grad_scores) {
   if constexpr (sizeof(T) < sizeof(double)) {
     if (scores.dtype != DType::float64) {
       return reorganize_backward<T, float>(grad_tokens, x, scores, ranks, keep, grad_x, grad_scores);
@@ -445,8 +468,8 @@ const CpuKernels kernels = {
        const TensorView& probabilities) {
       VIOPS_FOR_DTYPE(q, scores_forward, q, k, scale, scores, probabilities)
     },
-    [](const TensorView& grad_scores, const TensorView& q, const TensorView& k, const TensorView& probabilities,
-       double scale, const TensorView& grad_q, const TensorView& grad_k) {
+    [](const TensorView& grad_scores, const TensorView& q, const TensorView& k,
+       const TensorView& probabilities, double scale, const TensorView& grad_q, const TensorView& grad_k) {
       VIOPS_FOR_DTYPE(q, scores_backward, grad_scores, q, k, probabilities, scale, grad_q, grad_k)
     },
     [](const TensorView& x, const TensorView& scores, const TensorView& tokens, const TensorView& index) {
@@ -457,9 +480,8 @@ const CpuKernels kernels = {
       VIOPS_FOR_DTYPE(grad_tokens, reorganize_backward_by_scores, grad_tokens, x, scores, ranks, keep, grad_x,
                       grad_scores)
     },
-    [](const TensorView& tokens, const int32_t* ranks, int64_t keep, int64_t num_patches, const TensorView& x) {
-      VIOPS_FOR_DTYPE(tokens, restore_forward, tokens, ranks, keep, num_patches, x)
-    },
+    [](const TensorView& tokens, const int32_t* ranks, int64_t keep, int64_t num_patches,
+       const TensorView& x) { VIOPS_FOR_DTYPE(tokens, restore_forward, tokens, ranks, keep, num_patches, x) },
     [](const TensorView& grad_x, const int32_t* ranks, int64_t keep, int64_t num_patches,
        const TensorView& grad_tokens) {
       VIOPS_FOR_DTYPE(grad_x, restore_backward, grad_x, ranks, keep, num_patches, grad_tokens)

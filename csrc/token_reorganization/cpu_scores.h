@@ -53,7 +53,8 @@ void for_each_heads(int64_t batch, int64_t num_heads, int64_t bytes, int64_t scr
   parallel_for(batch * pieces, threads, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / pieces, piece = item % pieces;
-      work(b, num_heads * piece / pieces, num_heads * (piece + 1) / pieces, memory.data() + item * scratch_bytes);
+      work(b, num_heads * piece / pieces, num_heads * (piece + 1) / pieces,
+           memory.data() + item * scratch_bytes);
     }
   });
 }
@@ -124,15 +125,15 @@ void scores_backward(const TensorView& grad_scores, const TensorView& q, const T
   const int64_t num_patches = grad_scores.shape[1], num_prefix = num_tokens - num_patches;
   const HeadRows<const T> q_rows(q), k_rows(k);
   const HeadRows<T> grad_q_rows(grad_q), grad_k_rows(grad_k);
-  const A* p = static_cast<const A*>(probabilities.data);                // [B, H, N]
+  const A* p = static_cast<const A*>(probabilities.data);               // [B, H, N]
   const float* grad_out = static_cast<const float*>(grad_scores.data);  // [B, P]
   const int64_t row_bytes = padded(head_dim * sizeof(A)), buffer_bytes = padded(head_dim * sizeof(T));
   const int64_t logits_bytes = padded(num_tokens * sizeof(A));
   const int64_t bytes = 3 * batch * num_heads * num_tokens * head_dim * static_cast<int64_t>(sizeof(T));
 
   const auto heads = [&](int64_t b, int64_t first, int64_t last, char* memory) {
-    A* query = reinterpret_cast<A*>(memory);                       // [D]
-    A* grad_query = reinterpret_cast<A*>(memory + row_bytes);      // [D]
+    A* query = reinterpret_cast<A*>(memory);                        // [D]
+    A* grad_query = reinterpret_cast<A*>(memory + row_bytes);       // [D]
     A* grad_logits = reinterpret_cast<A*>(memory + 2 * row_bytes);  // [N]
     T* buffer = reinterpret_cast<T*>(memory + 2 * row_bytes + logits_bytes);
     for (int64_t h = first; h < last; ++h) {

@@ -21,14 +21,14 @@ struct CpuKernels {
   // grad_scores [B, P] -> grad_q [B, H, N, D], zero but in row 0, and grad_k [B, H, N, D], of q's dtype
   // and any strides.
   void (*class_attention_scores_backward)(const TensorView& grad_scores, const TensorView& q,
-                                          const TensorView& k, const TensorView& probabilities,
-                                          double scale, const TensorView& grad_q, const TensorView& grad_k);
+                                          const TensorView& k, const TensorView& probabilities, double scale,
+                                          const TensorView& grad_q, const TensorView& grad_k);
 
   // x [B, N, C], scores [B, P] -> tokens [B, N - P + keep + fuse, C]: prefix, kept patches by falling
   // score (NaN highest, equal ones by rising place), and with fuse the sum of scores * x over the
   // others; index [B, keep] int64.
-  void (*reorganize_tokens_forward)(const TensorView& x, const TensorView& scores,
-                                    const TensorView& tokens, const TensorView& index);
+  void (*reorganize_tokens_forward)(const TensorView& x, const TensorView& scores, const TensorView& tokens,
+                                    const TensorView& index);
 
   // grad_tokens [B, N - P + keep + fuse, C] -> grad_x [B, N, C] and grad_scores [B, P]; either may be
   // null.  x [B, N, C] is read for grad_scores alone, else null.  `ranks` [B, P]: where each patch went
