@@ -157,6 +157,15 @@ def class_attention_scores(
     return _class_attention_scores(q, k, num_prefix, scale)[0]
 
 
+def _autocast(x: Tensor) -> Tensor:
+    """x as scaled_dot_product_attention casts it."""
+    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+        return x
+    if not x.is_floating_point() or x.dtype is torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
 def class_attention(
     q: Tensor, k: Tensor, v: Tensor, *, num_prefix: int = 1, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -185,6 +194,7 @@ def class_attention(
 
     Source: EViT (Liang et al., ICLR 2022), section 3.2, equations 1 and 2.
     """
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
     num_prefix = _check_scores(q, k, num_prefix)
     checks.check_float_tensor("v", v, "B H N D")
     if v.shape[:3] != q.shape[:3]:
@@ -192,9 +202,6 @@ def class_attention(
     if v.dtype != q.dtype:
         raise TypeError(f"v: dtype {v.dtype} differs from q's {q.dtype}")
     checks.check_same("device", "v", v.device, "q", q.device)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if dispatch.is_reference_forced():
         return reference.class_attention(q, k, v, num_prefix=num_prefix, scale=scale)
     scores = class_attention_scores(q, k, num_prefix=num_prefix, scale=scale)

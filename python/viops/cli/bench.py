@@ -1,0 +1,287 @@
+"""`python -m viops bench`: times the ops against eager PyTorch, torch.compile and the floor.
+
+The benches are pytest functions; they run in a process of their own, and this command reads the
+JSON that pytest-benchmark writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import viops
+
+from .console import UserError, print_heading, print_table
+
+_INSTALL_BENCH = "pip install 'viops[bench]' installs what is missing"
+
+#: Seconds and least number of rounds of each bench.
+_FULL = ("3", "7")
+_QUICK = ("0.4", "3")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `bench` takes to the parser."""
+    parser.add_argument("--op", metavar="NAME", help="one op family alone, such as those of `info`")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, fewer sizes")
+    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
+    parser.add_argument(
+        "--threads", type=int, help="threads on the CPU; 2 unless there is one core"
+    )
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the ratios as a bar chart")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        help="keep the results; without FILE as results/<machine>.json beside the benches",
+    )
+    parser.add_argument("--check", action="store_true", help="fail where a bar is missed")
+    parser.add_argument("--base", metavar="REV", help="compare with this commit of the checkout")
+    parser.add_argument(
+        "--benches", metavar="DIR", type=Path, help="folder of the benches, where not viops' own"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the benches; 0, or 1 where one failed or, with --check, missed a bar."""
+    _require("pytest", "pytest_benchmark", *(["matplotlib"] if args.plot else []))
+    _check_arguments(args)
+    folder = _find_benches(args.benches)
+    files = _bench_files(folder, args.op)
+    if args.base is not None:
+        return _compare_with_base(args, folder, files)
+    print(f"benches of {folder}", flush=True)
+    status, report = _run_pytest(folder, files, args)
+    if args.plot:
+        _plot(report, args.plot)
+        print(f"drawn: {args.plot}")
+    if args.json is not None:
+        path = args.json if args.json.name else folder / "results" / f"{_machine(report)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"written: {path}")
+    missed = sum(not bar["met"] for record in _records(report) for bar in record["bars"])
+    if args.check and missed:
+        print(f"{missed} of the bars missed", file=sys.stderr)
+    return int(status != 0 or (args.check and missed > 0))
+
+
+def _require(*modules: str) -> None:
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"needs the package {module!r}: {_INSTALL_BENCH}")
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if args.threads is not None and args.threads < 1:
+        raise UserError(f"--threads: expected at least 1, got {args.threads}")
+    if args.base is None:
+        return
+    for option in ("plot", "json", "check"):
+        if getattr(args, option):
+            raise UserError(f"--{option}: is of no use with --base, which prints two times a bench")
+
+
+def _find_benches(given: Path | None) -> Path:
+    """The checkout's benches where the command runs inside one, else those of the package."""
+    if given is not None:
+        folders = [given]
+    else:
+        package = Path(viops.__file__).resolve().parent
+        checkouts = [Path.cwd(), *Path.cwd().parents, package.parents[1]]
+        folders = [root / "benches" for root in checkouts if (root / "python/viops").is_dir()]
+        folders.append(package / "benches")
+    for folder in folders:
+        if (folder / "harness.py").is_file():
+            return folder.resolve()
+    raise UserError(f"no benches (harness.py) in {', '.join(map(str, folders))}")
+
+
+def _bench_files(folder: Path, op: str | None) -> list[Path]:
+    files = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
+    if op is None:
+        return list(files.values())
+    if op not in files:
+        raise UserError(f"--op: {op!r} has no bench; there are: {', '.join(files)}")
+    return [files[op]]
+
+
+def _run_pytest(
+    folder: Path,
+    files: Sequence[Path],
+    args: argparse.Namespace,
+    *options: str,
+    environment: dict[str, str] | None = None,
+    quiet: bool = False,
+) -> tuple[int, dict[str, Any]]:
+    """Runs the benches in another process: its exit status, and pytest-benchmark's report."""
+    seconds, rounds = _QUICK if args.quick else _FULL
+    with tempfile.TemporaryDirectory() as temporary:
+        report_file = Path(temporary) / "report.json"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *map(str, files),
+            "-c",
+            str(folder / "pytest.ini"),
+        ]
+        command += ["--rootdir", str(folder), "-p", "no:cacheprovider", "-q", "--no-header", "-rs"]
+        command += ["--benchmark-quiet", f"--benchmark-json={report_file}"]
+        command += [f"--benchmark-storage=file://{temporary}"]  # else a folder stays behind
+        command += [f"--benchmark-max-time={seconds}", f"--benchmark-min-rounds={rounds}"]
+        command += ["--device", args.device, *options]
+        if args.quick:
+            command += ["-m", "not full"]
+        if args.threads is not None:
+            command += ["--threads", str(args.threads)]
+        done = subprocess.run(
+            command, env=environment, capture_output=quiet, text=True, errors="replace"
+        )
+        if quiet and done.returncode:
+            print(done.stdout + done.stderr, end="", file=sys.stderr, flush=True)
+        text = report_file.read_text() if report_file.is_file() else ""
+    return done.returncode, json.loads(text) if text else {"benchmarks": []}
+
+
+def _records(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the harness recorded of each bench."""
+    return [benchmark["extra_info"] for benchmark in report["benchmarks"]]
+
+
+def _machine(report: dict[str, Any]) -> str:
+    """A file name for the machine: the processor and how many cores."""
+    cpu = report.get("machine_info", {}).get("cpu", {})
+    name = f"{cpu.get('brand_raw', 'unknown')}-{cpu.get('count', os.cpu_count())}-cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _plot(report: dict[str, Any], path: Path) -> None:
+    """Bars: how many times the time of viops each contender took, on a logarithmic scale."""
+    from matplotlib.figure import Figure
+
+    records = [record for record in _records(report) if record["ratios"]]
+    names = list(dict.fromkeys(name for record in records for name in record["ratios"]))
+    height = 1.0 + sum(0.28 * len(record["ratios"]) + 0.35 for record in records)
+    figure = Figure(figsize=(10, height), layout="constrained")
+    axes = figure.add_subplot()
+    place = 0.0
+    ticks, labels, drawn = [], [], set()
+    for record in records:
+        ticks.append(place + (len(record["ratios"]) - 1) / 2)
+        labels.append(record["title"].replace(", ", "\n", 1))
+        for name, ratio in record["ratios"].items():
+            label = name if name not in drawn else "_"
+            drawn.add(name)
+            # bars start at 1, the time of viops
+            axes.barh(place, ratio - 1, left=1, color=f"C{names.index(name)}", label=label)
+            axes.annotate(f" {ratio:.2f} ", (ratio, place), va="center", fontsize=8)
+            place += 1
+        place += 1.2
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.margins(x=0.1)
+    axes.set_yticks(ticks, labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("time over the time of viops; right of 1 viops is faster")
+    if names:
+        axes.legend(loc="best", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _compare_with_base(args: argparse.Namespace, folder: Path, files: Sequence[Path]) -> int:
+    """Builds commit and working tree alike, and runs the present benches on both in turn."""
+    root = Path(_git(folder, "rev-parse", "--show-toplevel", what="--base needs a git checkout"))
+    what = f"--base: {args.base!r} is not a commit of {root}"
+    commit = _git(root, "rev-parse", "--verify", "--quiet", f"{args.base}^{{commit}}", what=what)
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary) / "source"
+        _git(root, "worktree", "add", "--detach", str(source), commit, what="git worktree failed")
+        try:
+            environments = {}
+            for side, tree in (("base", source), ("new", root)):
+                print(f"building {side}: {args.base if side == 'base' else root}", flush=True)
+                environments[side] = _build(tree, Path(temporary) / side)
+            return _alternate(args, folder, files, environments)
+        finally:
+            _git(root, "worktree", "remove", "--force", str(source), what="git worktree failed")
+
+
+def _git(folder: Path, *words: str, what: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise UserError(f"{what}: there is no git") from None
+    if done.returncode:
+        raise UserError(": ".join(filter(None, (what, done.stderr.strip()))))
+    return done.stdout.strip()
+
+
+def _build(tree: Path, target: Path) -> dict[str, str]:
+    """Installs the tree into the target folder; the environment in which it is what one imports."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--no-build-isolation", "--target", str(target)]
+    command += ["--config-settings", f"build-dir={target}-build", str(tree)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        raise UserError(f"cannot build {tree}:\n{(done.stdout + done.stderr)[-3000:]}")
+    environment = os.environ | {"PYTHONPATH": str(target)}
+    script = "import viops; print(viops.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=target, capture_output=True, text=True
+    )
+    lines = done.stdout.split()
+    if done.returncode or not lines or target.resolve() not in Path(lines[-1]).resolve().parents:
+        raise UserError(
+            f"the build of {tree} is not what `import viops` finds, or fails (an editable install "
+            f"of viops would come first): {(done.stdout + done.stderr).strip()[-1000:]}"
+        )
+    return environment
+
+
+def _alternate(
+    args: argparse.Namespace,
+    folder: Path,
+    files: Sequence[Path],
+    environments: dict[str, dict[str, str]],
+) -> int:
+    best: dict[str, dict[str, float]] = {side: {} for side in environments}
+    failed = dict.fromkeys(environments, False)
+    repeats = 2 if args.quick else 3
+    for repeat in range(repeats):
+        for side, environment in environments.items():
+            print(f"run {repeat + 1} of {repeats}: {side}", flush=True)
+            status, report = _run_pytest(
+                folder, files, args, "--only-viops", environment=environment, quiet=True
+            )
+            failed[side] |= status != 0
+            for record in _records(report):
+                seconds = record["contenders"]["viops"]["best"]
+                title = record["title"]
+                best[side][title] = min(seconds, best[side].get(title, seconds))
+    rows = []
+    for title in dict.fromkeys([*best["base"], *best["new"]]):
+        base, new = best["base"].get(title), best["new"].get(title)
+        ratio = f"{new / base:.3f}" if base and new else ""
+        rows.append(
+            [title, *("failed" if t is None else f"{t * 1e3:.4g}" for t in (base, new)), ratio]
+        )
+    print_heading(f"best of {repeats} runs in turn, ms a call; new / base below 1 is faster")
+    print_table(["bench", f"base {args.base}", "new", "new / base"], rows)
+    if failed["base"]:
+        print(f"some of the benches fail on {args.base}; what they said stands above")
+    return int(failed["new"] or not rows)

@@ -1,0 +1,30 @@
+"""What tests of every kind need before they import their subject."""
+
+import importlib.util
+import pathlib
+
+import torch
+
+
+def _define_torchvision_ops() -> torch.library.Library | None:
+    """Lets `import torchvision`, and so timm, work where torchvision's compiled part does not load.
+
+    That is so where it was built for CUDA and torch was not.  Its import registers fakes for two
+    compiled ops, whose schemas are all that it needs.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        for path in pathlib.Path(spec.origin).parent.glob("_C*.so"):
+            torch.ops.load_library(path)
+            return None
+    except OSError:
+        pass
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+_torchvision_library = _define_torchvision_ops()  # the ops live as long as it does
