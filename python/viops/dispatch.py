@@ -212,7 +212,7 @@ def is_plain_eager(*tensors: Tensor) -> bool:
     ):
         return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES or tensor.is_neg():
+        if type(tensor) not in _PLAIN_TYPES or tensor.is_neg() or tensor.is_meta:
             return False
     return True
 

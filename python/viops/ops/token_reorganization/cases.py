@@ -18,7 +18,8 @@ def fused_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [B, H, N, D]: the views that a fused qkv linear gives."""
     qkv = draw.normal(batch, num_tokens, 3, num_heads, head_dim)
-    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return q, k, v
 
 
 def queries(
@@ -137,7 +138,7 @@ SCORES_CASES = (
 ATTENTION_CASES = (
     _attention_case("deit", lambda d: fused_qkv(d, 2, 6, 197, 64)),
     _attention_case("prime", lambda d: queries(d, 3, 5, 13, 7, count=3)),
-    _attention_case("no patches", lambda d: queries(d, 2, 3, 1, 8, count=3)),
+    _attention_case("all prefix", lambda d: queries(d, 2, 3, 4, 8, count=3), num_prefix=4),
     _attention_case(
         "distilled",
         lambda d: queries(d, 2, 3, 19, 8, count=3),

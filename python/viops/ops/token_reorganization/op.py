@@ -159,11 +159,12 @@ def class_attention_scores(
 
 def _autocast(x: Tensor) -> Tensor:
     """x as scaled_dot_product_attention casts it."""
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype is torch.float64:
         return x
-    if not x.is_floating_point() or x.dtype is torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def class_attention(

@@ -1,0 +1,274 @@
+"""What the contract test is made of: backends, and calls of cases on them.
+
+A backend enters by a row of BACKENDS; an op enters by its rows in viops/ops/<family>/cases.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import viops
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from viops import catalog, dispatch, native
+from viops.cases import Case, bad_cases_of, cases_of
+
+DTYPES = dispatch.FLOAT_DTYPES
+FAMILY = {
+    case: family.name
+    for family in catalog.FAMILIES
+    for case in (*cases_of(family.name), *bad_cases_of(family.name))
+}
+CASES = [case for family in catalog.FAMILIES for case in cases_of(family.name)]
+BAD_CASES = [case for family in catalog.FAMILIES for case in bad_cases_of(family.name)]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way in which calls can run."""
+
+    #: As test ids show it.
+    name: str
+    #: The backend in viops.catalog that it exercises; families that have it are tested on it.
+    backend: str
+    #: Makes calls run on it until the context ends.
+    enter: Callable[[], AbstractContextManager]
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@contextmanager
+def _without_extension() -> Iterator[None]:
+    """What a user without the compiled extension gets: the registered ops on the reference."""
+    extension, choices = native.extension, dict(dispatch._choices)
+    reason = native.load_error
+    native.extension, native.load_error = None, "taken away by the test"
+    dispatch._choices.clear()
+    try:
+        yield
+    finally:
+        native.extension, native.load_error = extension, reason
+        dispatch._choices.clear()
+        dispatch._choices.update(choices)
+
+
+@contextmanager
+def _at_cpu_level(level: str | None) -> Iterator[None]:
+    """The C++ kernels of one CPU level; without the extension there is none, and calls fail."""
+    if level is None:
+        with viops.use_backend("cpu"):
+            yield
+        return
+    extension = native.require()
+    previous = extension.cpu_level()
+    extension.set_cpu_level(level)
+    try:
+        assert extension.cpu_level() == level
+        with viops.use_backend("cpu"):
+            yield
+    finally:
+        extension.set_cpu_level(previous)
+
+
+def _cpu_levels() -> list[str | None]:
+    return [None] if native.extension is None else list(native.extension.cpu_levels())
+
+
+BACKENDS = [
+    Backend("reference", "reference", functools.partial(viops.use_backend, "reference")),
+    Backend("fallback", "reference", _without_extension),
+    *(
+        Backend(f"cpu[{level}]", "cpu", functools.partial(_at_cpu_level, level))
+        for level in _cpu_levels()
+    ),
+]
+
+
+def pairs(cases: list[Case] = CASES) -> list[tuple[Case, Backend]]:
+    """Each case with each backend that its family has."""
+    families = {family.name: family for family in catalog.FAMILIES}
+    return [
+        (case, backend)
+        for case in cases
+        for backend in BACKENDS
+        if backend.backend in families[FAMILY[case]].backends
+    ]
+
+
+def rows() -> list[tuple[Case, torch.dtype, Backend]]:
+    """Each case in each dtype on each backend; backends innermost, as they share the truth."""
+    grouped = itertools.groupby(pairs(), key=lambda pair: pair[0])
+    return [
+        (case, dtype, backend)
+        for case, of_case in ((case, list(group)) for case, group in grouped)
+        for dtype in DTYPES
+        for _, backend in of_case
+    ]
+
+
+def case_id(value: object) -> str | None:
+    """Test ids of cases, backends and dtypes."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return str(value) if isinstance(value, (Case, Backend)) else None
+
+
+def main_cases(name: str = "deit") -> list[Case]:
+    """For each public function the case of this name."""
+    return [case for case in CASES if case.name == name]
+
+
+class Result(NamedTuple):
+    """What a call gives."""
+
+    outputs: tuple[Tensor, ...]
+    #: By position of the argument, None where it was not asked for.
+    grads: dict[int, Tensor | None]
+
+
+def as_tuple(outputs: object) -> tuple[Tensor, ...]:
+    """The outputs of a call; a single one is wrapped."""
+    return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+
+
+def differentiable(args: tuple) -> list[int]:
+    """Positions of the arguments that take a gradient: the floating-point tensors."""
+    return [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point()]
+
+
+def as_leaves(args: tuple, asked: list[int]) -> tuple:
+    """The arguments, those at the positions `asked` as leaves that require a gradient."""
+    return tuple(
+        arg.detach().requires_grad_(i in asked)
+        if isinstance(arg, Tensor) and arg.is_floating_point()
+        else arg
+        for i, arg in enumerate(args)
+    )
+
+
+def random_like(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """A gradient for each output that has one, by seed."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
+        for out in outputs
+        if out.is_floating_point()
+    ]
+
+
+def run(
+    function: Callable,
+    args: tuple,
+    kwargs: dict,
+    asked: list[int] | None = None,
+    grad_outputs: Callable[[tuple[Tensor, ...]], list[Tensor]] = random_like,
+) -> Result:
+    """Forward, and backward to the arguments at the positions `asked` (all differentiable ones)."""
+    asked = differentiable(args) if asked is None else asked
+    args = as_leaves(args, asked)
+    outputs = as_tuple(function(*args, **kwargs))
+    carrying = [
+        (out, grad)
+        for out, grad in zip(
+            [o for o in outputs if o.is_floating_point()], grad_outputs(outputs), strict=True
+        )
+        if out.requires_grad
+    ]
+    grads = dict.fromkeys(asked)
+    if carrying and asked:
+        outs, grad_outs = zip(*carrying, strict=True)
+        leaves = [args[i] for i in asked]
+        found = torch.autograd.grad(outs, leaves, grad_outs, allow_unused=True)
+        grads = dict(zip(asked, found, strict=True))
+    return Result(tuple(out.detach() for out in outputs), grads)
+
+
+def public(case: Case) -> Callable:
+    """The public function of a case."""
+    return getattr(viops, case.op)
+
+
+def reference(case: Case) -> Callable:
+    """The reference of a case's public function: the same signature, plain PyTorch."""
+    module = importlib.import_module(f"viops.ops.{FAMILY[case]}.reference")
+    return getattr(module, case.op)
+
+
+@functools.lru_cache(maxsize=2)
+def truth(case: Case, dtype: torch.dtype, grad_outputs: Callable = random_like) -> Result:
+    """The float64 reference on the upcast of the same inputs and the same output gradients."""
+    args, kwargs = case.inputs(dtype)
+    wide = tuple(
+        arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args
+    )
+    with viops.use_backend("reference"), torch.no_grad():
+        dtypes = [out.dtype for out in as_tuple(public(case)(*args, **kwargs))]
+
+    def wide_grads(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        narrow = tuple(out.detach().to(dtype) for out, dtype in zip(outputs, dtypes, strict=True))
+        wanted = [out.dtype for out in outputs if out.is_floating_point()]
+        return [grad.to(dtype) for grad, dtype in zip(grad_outputs(narrow), wanted, strict=True)]
+
+    return run(reference(case), wide, kwargs, grad_outputs=wide_grads)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fills what torch allocates with NaN or the largest integer: a place left unwritten shows."""
+    previous = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(previous)
+
+
+class Recorder(TorchDispatchMode):
+    """Records the calls of ops in torch.ops.viops, with copies of nothing: the very arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "viops":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def registered_calls(case: Case, dtype: torch.dtype) -> list[tuple[torch._ops.OpOverload, tuple]]:
+    """The registered ops that a case's forward and backward call, with their arguments."""
+    args, kwargs = case.inputs(dtype)
+    with Recorder() as recorder:
+        run(public(case), args, kwargs)
+    # a derivative is not differentiated again
+    return [
+        (op, as_leaves(args, []) if "_backward." in str(op) else args)
+        for op, args in recorder.calls
+    ]
+
+
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """torch's thread count until the context ends."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)
+
+
+def batched(args: tuple, times: int) -> tuple:
+    """The arguments with the batch repeated along the leading axis of each tensor."""
+    return tuple(torch.cat([arg] * times) if isinstance(arg, Tensor) else arg for arg in args)
