@@ -8,7 +8,6 @@ import sys
 import PIL.Image
 import pytest
 import torch
-
 import viops
 from viops import catalog, dispatch
 from viops.cli import bench, demo, main

@@ -55,6 +55,12 @@ struct RowWriter {
         stream(moved > last_cache_bytes() / 2 && row_bytes % kCacheLine == 0 &&
                reinterpret_cast<uintptr_t>(view.data) % kCacheLine == 0) {}
 
+  // Starts taking over the cache lines of a row that is written soon.
+  VIOPS_INLINE void prefetch(const T* row, int64_t count) const {
+    const char* bytes = reinterpret_cast<const char*>(row);
+    for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += kCacheLine) __builtin_prefetch(bytes + i, 1);
+  }
+
   VIOPS_INLINE void copy(T* to, const T* from, int64_t count) const {
     const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
     if (stream) {
@@ -86,23 +92,36 @@ struct Entry {
   int32_t place;
 };
 
-// ranks[i] = how many patches come before patch i.  keys [P] is padded to whole vectors.
+// Patches that are ranked at once; keys are padded to a multiple of it.
+constexpr int kRankGroup = 32;
+
+// ranks[i] = how many patches come before patch i: those of a higher key, and the earlier ones of an equal
+// key.
 template <class A>
 void rank_by_counting(const SortKey<A>* keys, int64_t num_patches, int32_t* ranks) {
   using Keys = MaskVector<A>;
-  constexpr int kLanesHere = kLanes<A>;
-  for (int64_t first = 0; first < num_patches; first += kLanesHere) {
-    Keys own;
-    std::memcpy(&own, keys + first, sizeof(own));
-    const Keys own_less_one = own - 1;  // no key is the least integer, so this cannot wrap
-    Keys before = own - own;
-    for (int64_t j = 0; j < first; ++j) before -= keys[j] > own_less_one;  // equal and earlier: before
-    const int64_t next = std::min<int64_t>(first + kLanesHere, num_patches);
-    for (int64_t j = next; j < num_patches; ++j) before -= keys[j] > own;
+  constexpr int kVectors = kRankGroup / kLanes<A>;
+  Keys lane[kVectors];
+  for (int i = 0; i < kRankGroup; ++i) lane[i / kLanes<A>][i % kLanes<A>] = i;
+
+  for (int64_t first = 0; first < num_patches; first += kRankGroup) {
+    const int64_t next = std::min<int64_t>(first + kRankGroup, num_patches);
+    Keys own[kVectors], before[kVectors] = {};
+    std::memcpy(own, keys + first, sizeof(own));
+    // a patch of an earlier group comes before one of equal key: compare with one less, which no key
+    // underflows
+    for (int64_t j = 0; j < first; ++j) {
+      for (int v = 0; v < kVectors; ++v) before[v] -= keys[j] > own[v] - 1;
+    }
+    for (int64_t j = first; j < next; ++j) {
+      for (int v = 0; v < kVectors; ++v)
+        before[v] -= keys[j] > own[v] + (lane[v] > static_cast<SortKey<A>>(j - first));
+    }
+    for (int64_t j = next; j < num_patches; ++j) {
+      for (int v = 0; v < kVectors; ++v) before[v] -= keys[j] > own[v];
+    }
     for (int64_t i = first; i < next; ++i) {
-      int64_t rank = before[i - first];
-      for (int64_t j = first; j < next; ++j) rank += keys[j] > keys[i] || (keys[j] == keys[i] && j < i);
-      ranks[i] = static_cast<int32_t>(rank);
+      ranks[i] = static_cast<int32_t>(before[(i - first) / kLanes<A>][(i - first) % kLanes<A>]);
     }
   }
 }
@@ -183,6 +202,10 @@ struct Collect {
       if (!kept && !fuse) continue;
       if (i + kPrefetchRows < num_patches) from.prefetch(b, num_prefix + i + kPrefetchRows, first, count);
       const T* row = from.get(b, num_prefix + i, first, count, buffers[num_waiting]);
+      if (i + kPrefetchRows < num_patches && !to.stream) {
+        const int64_t next = ranks[b * num_patches + i + kPrefetchRows];
+        if (next >= 0 && next < keep) to.prefetch(out + (num_prefix + next) * channels, count);
+      }
       if (kept) {
         to.copy(out + (num_prefix + rank) * channels, row, count);
         continue;
@@ -242,7 +265,8 @@ void reorganize_forward(const TensorView& x, const TensorView& scores, const Ten
   const int64_t bytes = batch * (x.shape[1] + num_tokens) * row_bytes;
   const bool counting = num_patches <= kRankByCounting;
 
-  const int64_t keys_bytes = padded(num_patches * sizeof(Key));
+  const int64_t padded_patches = (num_patches + kRankGroup - 1) / kRankGroup * kRankGroup;
+  const int64_t keys_bytes = padded(padded_patches * sizeof(Key));
   const int64_t entries_bytes = counting ? 0 : padded(num_patches * sizeof(Entry<Key>));
   const Scratch weights_memory(batch * num_patches * sizeof(A));      // [B, P]
   const Scratch ranks_memory(batch * num_patches * sizeof(int32_t));  // [B, P]
@@ -268,6 +292,7 @@ void reorganize_forward(const TensorView& x, const TensorView& scores, const Ten
     Key* keys = reinterpret_cast<Key*>(memory);
     read_scores(scores, b, score);
     for (int64_t i = 0; i < num_patches; ++i) keys[i] = sort_key(score[i]);
+    std::fill(keys + num_patches, keys + padded_patches, Key(0));
     if (counting) {
       rank_by_counting<A>(keys, num_patches, rank);
     } else {

@@ -277,13 +277,17 @@ class Op:
         torch.library.register_autograd(
             f"viops::{name}", backward, setup_context=setup, lib=library
         )
-        members = {
-            "generate_vmap_rule": True,
-            "forward": staticmethod(self._run),
-            "setup_context": staticmethod(setup),
-            "backward": staticmethod(backward),
-        }
-        self._function = type(name, (torch.autograd.Function,), members)
+        self._setup = setup
+        # A Function with a setup_context of its own works under functorch, but inspects the
+        # signature of forward at each call; the eager one leaves that out.
+        self._eager_function = _function(name, forward=self._run_eager, backward=backward)
+        self._transformed_function = _function(
+            name,
+            generate_vmap_rule=True,
+            forward=self._run,
+            setup_context=setup,
+            backward=backward,
+        )
         self._registered = getattr(torch.ops.viops, name).default
         self._registered_backward = getattr(torch.ops.viops, f"{name}_backward").default
 
@@ -294,12 +298,12 @@ class Op:
             if torch.is_grad_enabled():
                 for tensor in tensors:
                     if tensor.requires_grad:
-                        return self._function.apply(*args)
+                        return self._eager_function.apply(*args)
             return self._forward(*args)
         if not _is_compiling() and (
             _functorch_level() is not None or _forward_ad._current_level >= 0
         ):
-            return self._function.apply(*args)
+            return self._transformed_function.apply(*args)
         return self._registered(*args)
 
     def run_backward(self, *args: object) -> object:
@@ -309,6 +313,11 @@ class Op:
         if is_plain_eager(*(arg for arg in args if isinstance(arg, Tensor))):
             return self._backward(*args)
         return self._registered_backward(*args)
+
+    def _run_eager(self, ctx: object, *args: object) -> object:
+        output = self._forward(*args)
+        self._setup(ctx, args, output)
+        return output
 
     def _run(self, *args: object) -> object:
         if is_plain_eager(*(arg for arg in args if isinstance(arg, Tensor))):
@@ -324,6 +333,12 @@ class Op:
         first = args[0]
         _, kernels = choose(self.name, first.device.type, first.dtype)  # type: ignore[attr-defined]
         return kernels.backward(*args)
+
+
+def _function(name: str, **members: object) -> type[torch.autograd.Function]:
+    """A torch.autograd.Function with these members; those that can be called are static."""
+    static = {key: staticmethod(m) if callable(m) else m for key, m in members.items()}
+    return type(name, (torch.autograd.Function,), static)
 
 
 def _register_vmap_by_folding(op: str) -> None:

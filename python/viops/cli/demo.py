@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     print_heading("1. A small ViT learns scikit-learn's digits")
     digits = demo_digits.load_digits(args.device)
     model = demo_digits.build_vit(args.device)
-    demo_digits.train(model, digits, 11, 1e-3, "training", args.quick)
+    demo_digits.train(model, digits, 18, 1e-3, "training", args.quick)
 
     print_heading(f"2. The same model with viops.patch.evit, keep rate {KEEP_RATE}")
     _patch_and_compare(model, digits, args.device, args.quick)
@@ -203,7 +203,7 @@ def _draw_digits(model: nn.Module, digits: Digits, path: Path) -> None:
     save_digits(path, digits_as_ink(images), masks, DIGIT_LAYERS)
 
     patches = F.unfold(images, demo_digits.PATCH_SIZE, stride=demo_digits.PATCH_SIZE)  # [B, 16, P]
-    ink = (patches.mean(dim=1) + 1) / 2  # [B, P]
+    ink = patches.mean(dim=1)  # [B, P]
     shares = [f"{(ink * mask).sum().item() / ink.sum().item():.0%}" for mask in masks]
     print(f"  Of the ink, {', '.join(shares)} is in patches kept after blocks {DIGIT_LAYERS}.")
     print(f"  {path}")

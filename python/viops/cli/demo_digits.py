@@ -18,7 +18,7 @@ BATCH_SIZE = 32
 
 
 class Digits(NamedTuple):
-    """Images [n, 1, 32, 32] in -1..1 (ink 1) and their classes [n], split once by a fixed seed."""
+    """Images [n, 1, 32, 32] in 0..1 (ink 1) and their classes [n], split once by a fixed seed."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -29,7 +29,7 @@ class Digits(NamedTuple):
 def load_digits(device: str) -> Digits:
     """scikit-learn's handwritten digits, 8x8, enlarged to 32x32."""
     data = require("sklearn.datasets").load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1  # [1797, 1, 8, 8]
+    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16  # [1797, 1, 8, 8]
     images = F.interpolate(images, size=IMAGE_SIZE, mode="bilinear", align_corners=False)
     labels = torch.tensor(data.target)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -47,13 +47,39 @@ def build_vit(device: str) -> nn.Module:
         patch_size=PATCH_SIZE,
         in_chans=1,
         num_classes=10,
-        embed_dim=96,
+        embed_dim=64,
         depth=6,
-        num_heads=3,
+        num_heads=2,
         mlp_ratio=2,
         weight_init="jax",  # Xavier in the MLPs: without it so small a ViT hardly starts to learn
     )
+    _initialise(model)
     return model.to(device)
+
+
+@torch.no_grad()
+def _initialise(model) -> None:  # type: ignore[no-untyped-def]
+    """Lets tokens attend to tokens alike, and the class token to ink, before anything is learnt.
+
+    Queries and keys start as the same projection, a plain form of mimetic initialisation (Trockman
+    and Kolter, ICML 2023); the class token starts as a patch full of ink.  A ViT that saw millions
+    of images looks at the object by itself; in half a minute on 1437 of them, this one would not.
+    """
+    for block in model.blocks:
+        query, key, _ = block.attn.qkv.weight.chunk(3)  # each [C, C]
+        nn.init.orthogonal_(query)
+        key.copy_(query)
+    ink = torch.ones(1, 1, IMAGE_SIZE, IMAGE_SIZE)
+    model.cls_token.copy_(model.patch_embed(ink)[:, :1])  # [1, 1, C]
+
+
+def _move(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image [B, 1, 32, 32] moved by up to a pixel along each axis."""
+    batch = len(images)
+    padded = F.pad(images, (1, 1, 1, 1))
+    windows = padded.unfold(2, IMAGE_SIZE, 1).unfold(3, IMAGE_SIZE, 1)  # [B, 1, 3, 3, 32, 32]
+    row, column = torch.randint(3, (2, batch), generator=generator).to(images.device)
+    return windows[torch.arange(batch, device=images.device), :, row, column]
 
 
 def train(
@@ -71,8 +97,8 @@ def train(
     with tqdm(total=steps, desc=text, unit="step", leave=True) as bar:
         while bar.n < steps:
             for batch in torch.randperm(NUM_TRAIN, generator=generator).split(BATCH_SIZE):
-                images, labels = digits.train_images[batch], digits.train_labels[batch]
-                loss = F.cross_entropy(model(images), labels)
+                images = _move(digits.train_images[batch], generator)
+                loss = F.cross_entropy(model(images), digits.train_labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

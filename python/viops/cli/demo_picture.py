@@ -84,7 +84,7 @@ def _show(axis, image: Tensor) -> None:  # type: ignore[no-untyped-def]
 
 
 def digits_as_ink(images: Tensor) -> Tensor:
-    """images [B, 1, H, W] in -1..1 as dark ink on white paper, [B, 3, H, W] in 0..1."""
+    """images [B, 1, H, W] in 0..1 as dark ink on white paper, [B, 3, H, W] in 0..1."""
     paper = torch.ones(3, device=images.device).view(1, 3, 1, 1)
     ink = torch.tensor([0.05, 0.1, 0.4], device=images.device).view(1, 3, 1, 1)
-    return torch.lerp(paper, ink, (images + 1) / 2)
+    return torch.lerp(paper, ink, images)

@@ -42,7 +42,8 @@ def class_attention_scores_forward(
 ) -> tuple[Tensor, Tensor]:
     """Scores [B, N - num_prefix] and the probabilities [B, H, N] that backward needs."""
     dtype = accumulation_dtype(q.dtype)
-    logits = (k.to(dtype) @ q[:, :, 0].to(dtype).unsqueeze(-1)).squeeze(-1) * scale  # [B, H, N]
+    # a product and a sum, since autocast would take a matrix product out of this dtype
+    logits = (k.to(dtype) * q[:, :, :1].to(dtype)).sum(dim=-1) * scale  # [B, H, N]
     probabilities = logits.softmax(dim=-1)
     return probabilities[:, :, num_prefix:].mean(dim=1).float(), probabilities
 
@@ -59,7 +60,7 @@ def class_attention_scores_backward(
     grad_logits = probabilities * (grad_p - inner) * scale  # [B, H, N]
     batch, _, num_tokens, head_dim = q.shape
     grad_q = q.new_zeros(batch, num_tokens, num_heads, head_dim)
-    grad_q[:, 0] = (grad_logits.unsqueeze(-2) @ k.to(dtype)).squeeze(-2).to(q.dtype)
+    grad_q[:, 0] = (grad_logits.unsqueeze(-1) * k.to(dtype)).sum(dim=2).to(q.dtype)
     grad_k = (grad_logits.unsqueeze(-1) * q[:, :, :1].to(dtype)).to(k.dtype)
     return grad_q.transpose(1, 2), grad_k.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -151,7 +152,7 @@ def restore_tokens_backward(
     grad_patches = grad_x[:, num_prefix:]  # [B, P, C]
     parts = [grad_x[:, :num_prefix], grad_patches.gather(1, _rows(index, grad_x))]
     if num_tokens > num_prefix + keep:
-        others = torch.ones_like(grad_patches[..., :1], dtype=torch.bool)  # [B, P, 1]
+        others = grad_x.new_ones(*grad_patches.shape[:2], 1, dtype=torch.bool)  # [B, P, 1]
         others = others.scatter(1, index.unsqueeze(-1), False)
         fused = torch.where(others, grad_patches.to(dtype), 0).sum(dim=1, keepdim=True)
         parts.append(fused.to(grad_x.dtype))
