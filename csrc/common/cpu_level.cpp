@@ -17,7 +17,7 @@ CpuLevel parse(const char* name) {
     if (std::string(name) == candidate) return static_cast<CpuLevel>(level);
     known += (level ? ", " : "") + std::string(candidate);
   }
-  throw std::invalid_argument("CPU level: '" + std::string(name) +
+  throw std::invalid_argument("CPU level (VIOPS_CPU_LEVEL): '" + std::string(name) +
                               "' is not one that this machine has; it has: " + known);
 }
 

@@ -15,7 +15,6 @@ constexpr int64_t kCacheLine = 64;
 
 // Below this many bytes moved, waking other threads costs more than they save.
 constexpr int64_t kSerialBytes = 128 << 10;
-int threads_for(int64_t bytes) { return bytes < kSerialBytes ? 1 : max_threads(); }
 
 // Memory for one call; freed with it.
 class Scratch {
@@ -32,6 +31,32 @@ class Scratch {
 };
 
 constexpr int64_t padded(int64_t bytes) { return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine; }
+
+// Work on a batch of images, cut further where images are fewer than threads.
+struct Pieces {
+  int64_t batch, per_image;
+  int threads;
+
+  // An image can be cut into `most` pieces; `bytes` is what the whole call moves.
+  Pieces(int64_t batch, int64_t most, int64_t bytes)
+      : batch(batch), per_image(1), threads(bytes < kSerialBytes ? 1 : max_threads()) {
+    if (batch > 0 && batch < threads) {
+      const int64_t wanted = (threads + batch - 1) / batch;
+      per_image = most < 1 ? 1 : most < wanted ? most : wanted;
+    }
+  }
+
+  // Calls work(b, piece, memory), memory being the calling thread's own scratch_bytes.
+  template <class Work>
+  void for_each(int64_t scratch_bytes, const Work& work) const {
+    const Scratch memory(threads * scratch_bytes);
+    parallel_for(batch * per_image, threads, [&](int part, int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        work(item / per_image, item % per_image, memory.data() + part * scratch_bytes);
+      }
+    });
+  }
+};
 
 // sum[c] = (fresh ? 0 : sum[c]) + the weighted rows, in their order.
 template <class T, class A>
@@ -85,4 +110,14 @@ A dot_row(const T* a, const A* b, int64_t channels) {
 }
 
 }  // namespace
+
+// Calls Function<T> for the dtype of a checked floating-point tensor.
+#define VIOPS_FOR_DTYPE(view, Function, ...)                      \
+  switch ((view).dtype) {                                         \
+    case DType::float32: return Function<float>(__VA_ARGS__);     \
+    case DType::float64: return Function<double>(__VA_ARGS__);    \
+    case DType::bfloat16: return Function<bfloat16>(__VA_ARGS__); \
+    default: return Function<float16>(__VA_ARGS__);               \
+  }
+
 }  // namespace viops

@@ -78,7 +78,7 @@ const Runtime& runtime() {
 
 struct Loop {
   int64_t count;
-  void (*body)(void*, int64_t, int64_t);
+  void (*body)(void*, int, int64_t, int64_t);
   void* context;
 };
 
@@ -88,7 +88,7 @@ void run_part(void* argument) {
   const int64_t part = runtime().thread_num();
   const int64_t begin = loop.count * part / parts;
   const int64_t end = loop.count * (part + 1) / parts;
-  if (begin < end) loop.body(loop.context, begin, end);
+  if (begin < end) loop.body(loop.context, static_cast<int>(part), begin, end);
 }
 
 }  // namespace
@@ -100,10 +100,10 @@ int max_threads() {
 
 const char* openmp_runtime() { return runtime().path.c_str(); }
 
-void parallel_ranges(int64_t count, int threads, void (*body)(void*, int64_t, int64_t), void* context) {
+void parallel_ranges(int64_t count, int threads, void (*body)(void*, int, int64_t, int64_t), void* context) {
   if (count <= 0) return;
   const int64_t wanted = std::min<int64_t>({count, threads, max_threads()});
-  if (wanted <= 1) return body(context, 0, count);
+  if (wanted <= 1) return body(context, 0, 0, count);
   Loop loop{count, body, context};
   runtime().parallel(run_part, &loop, static_cast<unsigned>(wanted), 0);
 }

@@ -1,6 +1,6 @@
 // Token reorganization for Python: the checks that guard memory, then the kernels.
+#include <memory>
 #include <string>
-#include <vector>
 
 #include "common/python_tensor.h"
 #include "common/threads.h"
@@ -98,6 +98,10 @@ int64_t check_index(const TensorView& index, int64_t batch, int64_t num_patches)
   index.check_dtype(DType::int64);
   index.check_rank(2, "B, keep");
   index.check_shape({batch, index.shape[1]}, "B, keep");
+  if (num_patches > INT32_MAX) {
+    throw std::invalid_argument("scores: expected at most 2^31 - 1 patches, got " +
+                                std::to_string(num_patches));
+  }
   if (index.shape[1] > num_patches) {
     throw std::invalid_argument(std::string(index.name) + ": expected at most " +
                                 std::to_string(num_patches) + " places (the number of patches), got " +
@@ -114,27 +118,19 @@ int64_t check_num_prefix(int64_t num_prefix, int64_t num_tokens, int64_t rest) {
   return num_prefix;
 }
 
-// index [B, keep] -> ranks [B, P]: where each patch went, or -1.
-std::vector<int32_t> ranks_of(const TensorView& index, int64_t num_patches) {
-  const int64_t batch = index.shape[0], keep = index.shape[1];
-  std::vector<int32_t> ranks(batch * num_patches, -1);
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t j = 0; j < keep; ++j) {
-      const int64_t place =
-          static_cast<const int64_t*>(index.data)[b * index.stride[0] + j * index.stride[1]];
-      if (place < 0 || place >= num_patches) {
-        throw std::invalid_argument("index: expected places from 0 to " + std::to_string(num_patches - 1) +
-                                    ", got " + std::to_string(place));
-      }
-      int32_t& rank = ranks[b * num_patches + place];
-      if (rank >= 0) {
-        throw std::invalid_argument("index: expected each place at most once in a row, got " +
-                                    std::to_string(place) + " twice");
-      }
-      rank = static_cast<int32_t>(j);
-    }
+// Runs a kernel that reads an index, and raises where it found a wrong place.
+template <class Run>
+void run_with_index(int64_t num_patches, const Run& run) {
+  WrongPlace wrong;
+  {
+    py::gil_scoped_release released;
+    wrong = run();
   }
-  return ranks;
+  if (wrong.found) {
+    throw std::invalid_argument("index: expected places from 0 to " + std::to_string(num_patches - 1) +
+                                ", each at most once in a row, got " + std::to_string(wrong.place) +
+                                (wrong.place >= 0 && wrong.place < num_patches ? " twice" : ""));
+  }
 }
 
 void reorganize_tokens_forward(py::handle x_, py::handle scores_, py::handle tokens_, py::handle index_) {
@@ -188,10 +184,10 @@ void reorganize_tokens_backward(py::handle grad_tokens_, py::handle x_, py::hand
     grad_scores.view->check_same_dtype(scores);
     grad_scores.view->check_contiguous();
   }
-  const std::vector<int32_t> ranks = ranks_of(index, num_patches);
-  py::gil_scoped_release released;
-  kernels().reorganize_tokens_backward(grad_tokens, x.view.get(), scores, ranks.data(), keep,
-                                       grad_x.view.get(), grad_scores.view.get());
+  run_with_index(num_patches, [&] {
+    return kernels().reorganize_tokens_backward(grad_tokens, x.view.get(), scores, index, grad_x.view.get(),
+                                                grad_scores.view.get());
+  });
 }
 
 void restore_tokens_forward(py::handle tokens_, py::handle index_, int64_t num_prefix, py::handle x_) {
@@ -207,9 +203,8 @@ void restore_tokens_forward(py::handle tokens_, py::handle index_, int64_t num_p
   x.check_contiguous();
   const int64_t keep = check_index(index, batch, num_patches);
   check_tokens(tokens, batch, num_prefix, keep, channels);
-  const std::vector<int32_t> ranks = ranks_of(index, num_patches);
-  py::gil_scoped_release released;
-  kernels().restore_tokens_forward(tokens, ranks.data(), keep, num_patches, x);
+  run_with_index(num_patches,
+                 [&] { return kernels().restore_tokens_forward(tokens, index, num_patches, x); });
 }
 
 void restore_tokens_backward(py::handle grad_x_, py::handle index_, int64_t num_prefix,
@@ -225,9 +220,8 @@ void restore_tokens_backward(py::handle grad_x_, py::handle index_, int64_t num_
   check_tokens(grad_tokens, batch, num_prefix, keep, channels);
   grad_tokens.check_same_dtype(grad_x);
   grad_tokens.check_contiguous();
-  const std::vector<int32_t> ranks = ranks_of(index, num_patches);
-  py::gil_scoped_release released;
-  kernels().restore_tokens_backward(grad_x, ranks.data(), keep, num_patches, grad_tokens);
+  run_with_index(num_patches,
+                 [&] { return kernels().restore_tokens_backward(grad_x, index, num_patches, grad_tokens); });
 }
 
 }  // namespace

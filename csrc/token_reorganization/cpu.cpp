@@ -50,15 +50,18 @@ struct RowWriter {
 
   // `moved` is how many bytes the call reads and writes: where they overflow the last cache, what is
   // written goes past it, so that it drives out nothing that is still to be read.
-  RowWriter(const TensorView& view, int64_t row_bytes, int64_t moved)
+  RowWriter(const TensorView& view, int64_t moved)
       : data(static_cast<T*>(view.data)),
-        stream(moved > last_cache_bytes() / 2 && row_bytes % kCacheLine == 0 &&
+        stream(moved > last_cache_bytes() / 2 &&
+               view.shape[2] * static_cast<int64_t>(sizeof(T)) % kCacheLine == 0 &&
                reinterpret_cast<uintptr_t>(view.data) % kCacheLine == 0) {}
 
   // Starts taking over the cache lines of a row that is written soon.
   VIOPS_INLINE void prefetch(const T* row, int64_t count) const {
+    if (stream) return;
     const char* bytes = reinterpret_cast<const char*>(row);
-    for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += kCacheLine) __builtin_prefetch(bytes + i, 1);
+    for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += kCacheLine)
+      __builtin_prefetch(bytes + i, 1);
   }
 
   VIOPS_INLINE void copy(T* to, const T* from, int64_t count) const {
@@ -70,6 +73,14 @@ struct RowWriter {
     }
   }
 };
+
+// Takes what a thread found in its part of an index into what all found; whether it was wrong.
+bool note(WrongPlace& all, const WrongPlace& own) {
+  if (!own.found) return false;
+  __atomic_store_n(&all.place, own.place, __ATOMIC_RELAXED);
+  __atomic_store_n(&all.found, true, __ATOMIC_RELAXED);
+  return true;
+}
 
 // --- ranking
 
@@ -160,33 +171,90 @@ void read_scores(const TensorView& scores, int64_t b, A* to) {
   }
 }
 
+// Scores and ranks of one image's patches, and room to make them.
+template <class A>
+struct Ranking {
+  using Key = SortKey<A>;
+  int64_t num_patches;
+  int32_t* ranks;  // [P]; outside 0..keep-1 where a patch is dropped
+  A* scores;       // [P]
+  Key* keys;       // [P] padded to kRankGroup
+  Entry<Key>* entries;
+
+  static bool by_counting(int64_t num_patches) { return num_patches <= kRankByCounting; }
+
+  static int64_t scratch_bytes(int64_t num_patches) {
+    return padded(num_patches * sizeof(int32_t)) + padded(num_patches * sizeof(A)) +
+           padded((num_patches + kRankGroup) * sizeof(Key)) +
+           (by_counting(num_patches) ? 0 : padded(num_patches * sizeof(Entry<Key>)));
+  }
+
+  Ranking(int64_t num_patches, char* memory)
+      : num_patches(num_patches), ranks(reinterpret_cast<int32_t*>(memory)) {
+    scores = reinterpret_cast<A*>(memory += padded(num_patches * sizeof(int32_t)));
+    keys = reinterpret_cast<Key*>(memory += padded(num_patches * sizeof(A)));
+    entries = reinterpret_cast<Entry<Key>*>(memory + padded((num_patches + kRankGroup) * sizeof(Key)));
+  }
+
+  // From row b of scores [B, P].
+  void rank(const TensorView& all_scores, int64_t b, int64_t keep) {
+    read_scores(all_scores, b, scores);
+    for (int64_t i = 0; i < num_patches; ++i) keys[i] = sort_key(scores[i]);
+    if (by_counting(num_patches)) {
+      std::fill(keys + num_patches, keys + num_patches + kRankGroup, Key(0));
+      rank_by_counting<A>(keys, num_patches, ranks);
+    } else {
+      rank_by_sorting(keys, num_patches, keep, entries, ranks);
+    }
+  }
+
+  // From row b of index [B, keep], up to the first wrong place.
+  WrongPlace invert(const TensorView& index, int64_t b) {
+    std::fill(ranks, ranks + num_patches, -1);
+    const int64_t* row = static_cast<const int64_t*>(index.data) + b * index.stride[0];
+    for (int64_t j = 0; j < index.shape[1]; ++j) {
+      const int64_t place = row[j * index.stride[1]];
+      if (place < 0 || place >= num_patches || ranks[place] >= 0) return {true, place};
+      ranks[place] = static_cast<int32_t>(j);
+    }
+    return {};
+  }
+};
+
 // --- many rows to fewer: kept rows to their ranks, the weighted sum of the others behind them
 
 constexpr int kRowsAtOnce = 4;
 
 template <class T, class A>
 struct Collect {
-  Rows<T> from;          // [B, N, C]
-  RowWriter<T> to;       // [B, M, C]
-  const int32_t* ranks;  // [B, P]; outside 0..keep-1 where a patch is dropped
-  const A* weights;      // [B, P], or null: all one
+  Rows<T> from;     // [B, N, C]
+  RowWriter<T> to;  // [B, M, C]
   int64_t num_tokens, num_prefix, num_patches, keep;
   bool fuse;
-  char* scratch;  // [B][scratch_bytes]
+
+  Collect(const TensorView& from, const TensorView& to, int64_t num_patches, int64_t keep, int64_t bytes)
+      : from(from),
+        to(to, bytes),
+        num_tokens(to.shape[1]),
+        num_prefix(from.shape[1] - num_patches),
+        num_patches(num_patches),
+        keep(keep),
+        fuse(num_tokens > num_prefix + keep) {}
 
   static int64_t scratch_bytes(int64_t channels) {
     return padded(channels * sizeof(A)) + kRowsAtOnce * padded(channels * sizeof(T));
   }
 
-  // Channels [first, first + count) of image b.
-  void run(int64_t b, int64_t first, int64_t count) const {
+  // Channels [first, first + count) of image b; ranks [P], weights [P] or null for ones.
+  void run(int64_t b, int64_t first, int64_t count, const int32_t* ranks, const A* weights,
+           char* memory) const {
     const int64_t channels = from.channels;
-    char* memory = scratch + b * scratch_bytes(channels);
-    A* sum = reinterpret_cast<A*>(memory) + first;
-    memory += padded(channels * sizeof(A));
+    A* sum = reinterpret_cast<A*>(memory);
     T* buffers[kRowsAtOnce];
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      buffers[r] = reinterpret_cast<T*>(memory + r * padded(channels * sizeof(T))) + first;
+    memory += padded(channels * sizeof(A));
+    for (T*& buffer : buffers) {
+      buffer = reinterpret_cast<T*>(memory);
+      memory += padded(channels * sizeof(T));
     }
     T* out = to.data + b * num_tokens * channels + first;
     for (int64_t n = 0; n < num_prefix; ++n) {
@@ -197,21 +265,21 @@ struct Collect {
     int num_waiting = 0;
     bool fresh = true;
     for (int64_t i = 0; i < num_patches; ++i) {
-      const int64_t rank = ranks[b * num_patches + i];
-      const bool kept = rank >= 0 && rank < keep;
-      if (!kept && !fuse) continue;
-      if (i + kPrefetchRows < num_patches) from.prefetch(b, num_prefix + i + kPrefetchRows, first, count);
-      const T* row = from.get(b, num_prefix + i, first, count, buffers[num_waiting]);
-      if (i + kPrefetchRows < num_patches && !to.stream) {
-        const int64_t next = ranks[b * num_patches + i + kPrefetchRows];
+      if (i + kPrefetchRows < num_patches) {
+        const int64_t next = ranks[i + kPrefetchRows];
+        from.prefetch(b, num_prefix + i + kPrefetchRows, first, count);
         if (next >= 0 && next < keep) to.prefetch(out + (num_prefix + next) * channels, count);
       }
+      const int64_t rank = ranks[i];
+      const bool kept = rank >= 0 && rank < keep;
+      if (!kept && !fuse) continue;
+      const T* row = from.get(b, num_prefix + i, first, count, buffers[num_waiting]);
       if (kept) {
         to.copy(out + (num_prefix + rank) * channels, row, count);
         continue;
       }
       waiting[num_waiting] = row;
-      weight[num_waiting] = weights ? weights[b * num_patches + i] : A(1);
+      weight[num_waiting] = weights ? weights[i] : A(1);
       if (++num_waiting == kRowsAtOnce) {
         add_rows(sum, fresh, waiting, weight, kRowsAtOnce, count);
         num_waiting = 0;
@@ -226,121 +294,70 @@ struct Collect {
   }
 };
 
-// Runs prepare(b) and then work(b, first, count) over all channels of each image, on as many threads as
-// there are: over images, or over channels too where images are few.
-template <class Prepare, class Work>
-void for_each_image(int64_t batch, int64_t channels, int64_t bytes, Prepare prepare, Work work) {
-  const int threads = threads_for(bytes);
-  if (batch >= threads) {
-    parallel_for(batch, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        prepare(b);
-        work(b, 0, channels);
-      }
-    });
-    return;
+// Where images are fewer than threads their channels are shared out too, in whole cache lines of any dtype:
+// piece `piece` of `pieces` has channels [first, last).
+struct ChannelRange {
+  int64_t first, last;
+  ChannelRange(int64_t channels, int64_t piece, int64_t pieces) {
+    const int64_t blocks = (channels + kCacheLine - 1) / kCacheLine;
+    first = std::min(channels, blocks * piece / pieces * kCacheLine);
+    last = std::min(channels, blocks * (piece + 1) / pieces * kCacheLine);
   }
-  parallel_for(batch, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) prepare(b);
-  });
-  const int64_t blocks = (channels + kCacheLine - 1) / kCacheLine;  // whole cache lines for any dtype
-  const int64_t pieces = std::min<int64_t>(blocks, (threads + batch - 1) / std::max<int64_t>(batch, 1));
-  parallel_for(batch * pieces, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / pieces, piece = item % pieces;
-      const int64_t first = std::min(channels, blocks * piece / pieces * kCacheLine);
-      const int64_t last = std::min(channels, blocks * (piece + 1) / pieces * kCacheLine);
-      work(b, first, last - first);
-    }
-  });
-}
+};
 
 template <class T, class A>
 void reorganize_forward(const TensorView& x, const TensorView& scores, const TensorView& tokens,
                         const TensorView& index) {
-  using Key = SortKey<A>;
   const int64_t batch = x.shape[0], channels = x.shape[2], num_patches = scores.shape[1];
-  const int64_t num_prefix = x.shape[1] - num_patches, keep = index.shape[1], num_tokens = tokens.shape[1];
-  const int64_t row_bytes = channels * static_cast<int64_t>(sizeof(T));
-  const int64_t bytes = batch * (x.shape[1] + num_tokens) * row_bytes;
-  const bool counting = num_patches <= kRankByCounting;
-
-  const int64_t padded_patches = (num_patches + kRankGroup - 1) / kRankGroup * kRankGroup;
-  const int64_t keys_bytes = padded(padded_patches * sizeof(Key));
-  const int64_t entries_bytes = counting ? 0 : padded(num_patches * sizeof(Entry<Key>));
-  const Scratch weights_memory(batch * num_patches * sizeof(A));      // [B, P]
-  const Scratch ranks_memory(batch * num_patches * sizeof(int32_t));  // [B, P]
-  const Scratch keys_memory(batch * (keys_bytes + entries_bytes));
-  const Scratch rows_memory(batch * Collect<T, A>::scratch_bytes(channels));
-  A* weights = reinterpret_cast<A*>(weights_memory.data());
-  int32_t* ranks = reinterpret_cast<int32_t*>(ranks_memory.data());
-
-  const Collect<T, A> collect{Rows<T>(x),
-                              RowWriter<T>(tokens, row_bytes, bytes),
-                              ranks,
-                              weights,
-                              num_tokens,
-                              num_prefix,
-                              num_patches,
-                              keep,
-                              num_tokens > num_prefix + keep,
-                              rows_memory.data()};
-  const auto rank_image = [&](int64_t b) {
-    A* score = weights + b * num_patches;
-    int32_t* rank = ranks + b * num_patches;
-    char* memory = keys_memory.data() + b * (keys_bytes + entries_bytes);
-    Key* keys = reinterpret_cast<Key*>(memory);
-    read_scores(scores, b, score);
-    for (int64_t i = 0; i < num_patches; ++i) keys[i] = sort_key(score[i]);
-    std::fill(keys + num_patches, keys + padded_patches, Key(0));
-    if (counting) {
-      rank_by_counting<A>(keys, num_patches, rank);
-    } else {
-      rank_by_sorting(keys, num_patches, keep, reinterpret_cast<Entry<Key>*>(memory + keys_bytes), rank);
-    }
-    int64_t* out = static_cast<int64_t*>(index.data) + b * keep;
-    for (int64_t i = 0; i < num_patches; ++i) {
-      if (rank[i] < keep) out[rank[i]] = i;
-    }
-  };
-  for_each_image(batch, channels, bytes, rank_image,
-                 [&](int64_t b, int64_t first, int64_t count) { collect.run(b, first, count); });
+  const int64_t keep = index.shape[1];
+  const int64_t bytes = batch * (x.shape[1] + tokens.shape[1]) * channels * static_cast<int64_t>(sizeof(T));
+  const int64_t ranking_bytes = Ranking<A>::scratch_bytes(num_patches);
+  const Collect<T, A> collect(x, tokens, num_patches, keep, bytes);
+  const Pieces pieces(batch, channels / kCacheLine, bytes);
+  pieces.for_each(ranking_bytes + collect.scratch_bytes(channels),
+                  [&](int64_t b, int64_t piece, char* memory) {
+                    Ranking<A> ranking(num_patches, memory);
+                    ranking.rank(scores, b, keep);
+                    if (piece == 0) {
+                      int64_t* row = static_cast<int64_t*>(index.data) + b * keep;
+                      for (int64_t i = 0; i < num_patches; ++i) {
+                        if (ranking.ranks[i] < keep) row[ranking.ranks[i]] = i;
+                      }
+                    }
+                    const ChannelRange range(channels, piece, pieces.per_image);
+                    collect.run(b, range.first, range.last - range.first, ranking.ranks, ranking.scores,
+                                memory + ranking_bytes);
+                  });
 }
 
 template <class T>
-void restore_backward(const TensorView& grad_x, const int32_t* ranks, int64_t keep, int64_t num_patches,
-                      const TensorView& grad_tokens) {
+WrongPlace restore_backward(const TensorView& grad_x, const TensorView& index, int64_t num_patches,
+                            const TensorView& grad_tokens) {
   using A = decltype(widen(T()));
-  const int64_t batch = grad_x.shape[0], channels = grad_x.shape[2], num_tokens = grad_tokens.shape[1];
-  const int64_t num_prefix = grad_x.shape[1] - num_patches;
-  const int64_t row_bytes = channels * static_cast<int64_t>(sizeof(T));
-  const int64_t bytes = batch * (grad_x.shape[1] + num_tokens) * row_bytes;
-  const Scratch rows_memory(batch * Collect<T, A>::scratch_bytes(channels));
-  const Collect<T, A> collect{Rows<T>(grad_x),
-                              RowWriter<T>(grad_tokens, row_bytes, bytes),
-                              ranks,
-                              nullptr,
-                              num_tokens,
-                              num_prefix,
-                              num_patches,
-                              keep,
-                              num_tokens > num_prefix + keep,
-                              rows_memory.data()};
-  for_each_image(
-      batch, channels, bytes, [](int64_t) {},
-      [&](int64_t b, int64_t first, int64_t count) { collect.run(b, first, count); });
+  const int64_t batch = grad_x.shape[0], channels = grad_x.shape[2];
+  const int64_t bytes =
+      batch * (grad_x.shape[1] + grad_tokens.shape[1]) * channels * static_cast<int64_t>(sizeof(T));
+  const int64_t ranking_bytes = Ranking<A>::scratch_bytes(num_patches);
+  const Collect<T, A> collect(grad_x, grad_tokens, num_patches, index.shape[1], bytes);
+  const Pieces pieces(batch, channels / kCacheLine, bytes);
+  WrongPlace wrong;
+  pieces.for_each(
+      ranking_bytes + collect.scratch_bytes(channels), [&](int64_t b, int64_t piece, char* memory) {
+        Ranking<A> ranking(num_patches, memory);
+        if (note(wrong, ranking.invert(index, b))) return;
+        const ChannelRange range(channels, piece, pieces.per_image);
+        collect.run(b, range.first, range.last - range.first, ranking.ranks, nullptr, memory + ranking_bytes);
+      });
+  return wrong;
 }
 
 // --- few rows to many: kept rows back to their places, the weighted last row at all others
 
 template <class T, class A>
 struct Spread {
-  Rows<T> from;          // [B, M, C]
-  const Rows<T>* x;      // [B, N, C] for dots, or null
-  RowWriter<T>* to;      // [B, N, C], or null
-  const int32_t* ranks;  // [B, P]; outside 0..keep-1 where a patch was dropped
-  const A* weights;      // [B, P], or null: all one
-  A* dots;               // [B, P] = <x, last row> at dropped places, 0 at kept ones; or null
+  Rows<T> from;      // [B, M, C]
+  const Rows<T>* x;  // [B, N, C] for dots, or null
+  RowWriter<T>* to;  // [B, N, C], or null
   int64_t num_prefix, num_patches, keep;
   bool fused;
 
@@ -348,8 +365,10 @@ struct Spread {
     return padded(channels * sizeof(A)) + padded(channels * sizeof(T));
   }
 
-  // Rows [begin, end) of image b; memory holds scratch_bytes.
-  void run(int64_t b, int64_t begin, int64_t end, char* memory) const {
+  // Rows [begin, end) of image b; ranks [P]; weights [P] or null for ones; dots [P], or null, gets
+  // <x, last row> at dropped places and 0 at kept ones.
+  void run(int64_t b, int64_t begin, int64_t end, const int32_t* ranks, const A* weights, A* dots,
+           char* memory) const {
     const int64_t channels = from.channels;
     A* last = reinterpret_cast<A*>(memory);
     T* buffer = reinterpret_cast<T*>(memory + padded(channels * sizeof(A)));
@@ -360,28 +379,26 @@ struct Spread {
     }
     for (int64_t n = begin; n < end; ++n) {
       const int64_t place = n - num_prefix;
-      const int64_t rank = place < 0 ? -1 : ranks[b * num_patches + place];
+      if (place >= 0 && place + kPrefetchRows < num_patches) {
+        const int64_t next = ranks[place + kPrefetchRows];
+        const bool next_kept = next >= 0 && next < keep;
+        if (to && next_kept) from.prefetch(b, num_prefix + next, 0, channels);
+        if (dots && !next_kept) x->prefetch(b, n + kPrefetchRows, 0, channels);
+      }
+      const int64_t rank = place < 0 ? -1 : ranks[place];
       const bool dropped = place >= 0 && (rank < 0 || rank >= keep);
       T* out = to ? to->data + (b * (num_prefix + num_patches) + n) * channels : nullptr;
-      if (place >= 0 && place + kPrefetchRows < num_patches) {
-        const int64_t next = ranks[b * num_patches + place + kPrefetchRows];
-        if (to && next >= 0 && next < keep) from.prefetch(b, num_prefix + next, 0, channels);
-        if (x && (next < 0 || next >= keep)) x->prefetch(b, n + kPrefetchRows, 0, channels);
-      }
       if (!dropped) {
         if (to) to->copy(out, from.get(b, place < 0 ? n : num_prefix + rank, 0, channels, buffer), channels);
-        if (dots && place >= 0) dots[b * num_patches + place] = A(0);
+        if (dots && place >= 0) dots[place] = A(0);
         continue;
       }
-      if (dots) {
-        const A dot = fused ? dot_row(x->get(b, n, 0, channels, buffer), last, channels) : A(0);
-        dots[b * num_patches + place] = dot;
-      }
+      if (dots) dots[place] = fused ? dot_row(x->get(b, n, 0, channels, buffer), last, channels) : A(0);
       if (!to) continue;
       if (!fused) {
         std::fill(out, out + channels, Narrow<T, A>::of(A(0)));
       } else if (weights) {
-        scale_row(out, last, weights[b * num_patches + place], channels);
+        scale_row(out, last, weights[place], channels);
       } else {
         narrow_row(out, last, channels);
       }
@@ -390,81 +407,82 @@ struct Spread {
   }
 };
 
-// Rows of all images, over threads.
-template <class T, class A>
-void spread_rows(const Spread<T, A>& spread, int64_t batch, int64_t bytes) {
-  const int64_t num_rows = spread.num_prefix + spread.num_patches;
-  const int threads = threads_for(bytes);
-  const int64_t pieces = batch >= threads ? 1 : std::max<int64_t>(1, std::min<int64_t>(threads, num_rows));
-  const int64_t scratch_bytes = Spread<T, A>::scratch_bytes(spread.from.channels);
-  const Scratch memory(batch * pieces * scratch_bytes);
-  parallel_for(batch * pieces, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / pieces, piece = item % pieces;
-      spread.run(b, num_rows * piece / pieces, num_rows * (piece + 1) / pieces,
-                 memory.data() + item * scratch_bytes);
-    }
-  });
-}
-
-template <class A, class S>
-void narrow_scores(const A* from, int64_t count, S* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = Narrow<S, A>::of(from[i]);
-}
-
-template <class T, class A>
-void reorganize_backward(const TensorView& grad_tokens, const TensorView* x, const TensorView& scores,
-                         const int32_t* ranks, int64_t keep, const TensorView* grad_x,
-                         const TensorView* grad_scores) {
-  const int64_t batch = scores.shape[0], num_patches = scores.shape[1], channels = grad_tokens.shape[2];
-  if (!grad_x && !x) return;
-  const int64_t num_tokens = (grad_x ? grad_x : x)->shape[1];
-  const int64_t row_bytes = channels * static_cast<int64_t>(sizeof(T));
-  const int64_t bytes = batch * (num_tokens + grad_tokens.shape[1]) * row_bytes;
-  const Scratch weights_memory(batch * num_patches * sizeof(A));  // [B, P]
-  const Scratch dots_memory(batch * num_patches * sizeof(A));     // [B, P]
-  A* weights = reinterpret_cast<A*>(weights_memory.data());
-  A* dots = reinterpret_cast<A*>(dots_memory.data());
-  for (int64_t b = 0; b < batch; ++b) read_scores(scores, b, weights + b * num_patches);
-
-  RowWriter<T> writer(grad_x ? *grad_x : grad_tokens, row_bytes, bytes);
-  const Rows<T> x_rows(x ? *x : grad_tokens);
-  const int64_t num_prefix = num_tokens - num_patches;
-  spread_rows(Spread<T, A>{Rows<T>(grad_tokens), x ? &x_rows : nullptr, grad_x ? &writer : nullptr, ranks,
-                           weights, grad_scores ? dots : nullptr, num_prefix, num_patches, keep,
-                           grad_tokens.shape[1] > num_prefix + keep},
-              batch, bytes);
-  if (!grad_scores) return;
-  const int64_t count = batch * num_patches;
-  switch (grad_scores->dtype) {
-    case DType::float32: return narrow_scores(dots, count, static_cast<float*>(grad_scores->data));
-    case DType::float64: return narrow_scores(dots, count, static_cast<double*>(grad_scores->data));
-    case DType::bfloat16: return narrow_scores(dots, count, static_cast<bfloat16*>(grad_scores->data));
-    default: return narrow_scores(dots, count, static_cast<float16*>(grad_scores->data));
+// Elements [begin, end) of row b of grad_scores [B, P] contiguous.
+template <class A>
+void write_scores(const A* from, int64_t begin, int64_t end, const TensorView& to, int64_t b) {
+  const auto narrow = [&](auto* data) {
+    data += b * to.shape[1];
+    using S = std::remove_pointer_t<decltype(data)>;
+    for (int64_t i = begin; i < end; ++i) data[i] = Narrow<S, A>::of(from[i]);
+  };
+  switch (to.dtype) {
+    case DType::float32: return narrow(static_cast<float*>(to.data));
+    case DType::float64: return narrow(static_cast<double*>(to.data));
+    case DType::bfloat16: return narrow(static_cast<bfloat16*>(to.data));
+    default: return narrow(static_cast<float16*>(to.data));
   }
+}
+
+template <class T, class A>
+WrongPlace reorganize_backward(const TensorView& grad_tokens, const TensorView* x, const TensorView& scores,
+                               const TensorView& index, const TensorView* grad_x,
+                               const TensorView* grad_scores) {
+  if (!grad_x && !x) return {};
+  const int64_t batch = scores.shape[0], num_patches = scores.shape[1], channels = grad_tokens.shape[2];
+  const int64_t num_rows = (grad_x ? grad_x : x)->shape[1], num_prefix = num_rows - num_patches;
+  const int64_t keep = index.shape[1];
+  const int64_t bytes =
+      batch * (num_rows + grad_tokens.shape[1]) * channels * static_cast<int64_t>(sizeof(T));
+  const int64_t ranking_bytes = Ranking<A>::scratch_bytes(num_patches);
+  const int64_t dots_bytes = padded(num_patches * sizeof(A));
+  RowWriter<T> writer(grad_x ? *grad_x : grad_tokens, bytes);
+  const Rows<T> x_rows(x ? *x : grad_tokens);
+  const Spread<T, A> spread{Rows<T>(grad_tokens),
+                            x ? &x_rows : nullptr,
+                            grad_x ? &writer : nullptr,
+                            num_prefix,
+                            num_patches,
+                            keep,
+                            grad_tokens.shape[1] > num_prefix + keep};
+  const Pieces pieces(batch, num_rows, bytes);
+  WrongPlace wrong;
+  pieces.for_each(ranking_bytes + dots_bytes + spread.scratch_bytes(channels), [&](int64_t b, int64_t piece,
+                                                                                   char* memory) {
+    Ranking<A> ranking(num_patches, memory);
+    if (note(wrong, ranking.invert(index, b))) return;
+    read_scores(scores, b, ranking.scores);
+    A* dots = grad_scores ? reinterpret_cast<A*>(memory + ranking_bytes) : nullptr;
+    const int64_t begin = num_rows * piece / pieces.per_image;
+    const int64_t end = num_rows * (piece + 1) / pieces.per_image;
+    spread.run(b, begin, end, ranking.ranks, ranking.scores, dots, memory + ranking_bytes + dots_bytes);
+    const int64_t first = std::max<int64_t>(begin - num_prefix, 0);
+    if (dots) write_scores(dots, first, std::max(first, end - num_prefix), *grad_scores, b);
+  });
+  return wrong;
 }
 
 template <class T>
-void restore_forward(const TensorView& tokens, const int32_t* ranks, int64_t keep, int64_t num_patches,
-                     const TensorView& x) {
+WrongPlace restore_forward(const TensorView& tokens, const TensorView& index, int64_t num_patches,
+                           const TensorView& x) {
   using A = decltype(widen(T()));
-  const int64_t batch = tokens.shape[0], num_prefix = x.shape[1] - num_patches;
-  const int64_t row_bytes = tokens.shape[2] * static_cast<int64_t>(sizeof(T));
-  const int64_t bytes = batch * (x.shape[1] + tokens.shape[1]) * row_bytes;
-  RowWriter<T> writer(x, row_bytes, bytes);
-  spread_rows(Spread<T, A>{Rows<T>(tokens), nullptr, &writer, ranks, nullptr, nullptr, num_prefix,
-                           num_patches, keep, tokens.shape[1] > num_prefix + keep},
-              batch, bytes);
+  const int64_t batch = tokens.shape[0], channels = tokens.shape[2], num_rows = x.shape[1];
+  const int64_t num_prefix = num_rows - num_patches, keep = index.shape[1];
+  const int64_t bytes = batch * (num_rows + tokens.shape[1]) * channels * static_cast<int64_t>(sizeof(T));
+  const int64_t ranking_bytes = Ranking<A>::scratch_bytes(num_patches);
+  RowWriter<T> writer(x, bytes);
+  const Spread<T, A> spread{
+      Rows<T>(tokens), nullptr, &writer, num_prefix, num_patches, keep, tokens.shape[1] > num_prefix + keep};
+  const Pieces pieces(batch, num_rows, bytes);
+  WrongPlace wrong;
+  pieces.for_each(
+      ranking_bytes + spread.scratch_bytes(channels), [&](int64_t b, int64_t piece, char* memory) {
+        Ranking<A> ranking(num_patches, memory);
+        if (note(wrong, ranking.invert(index, b))) return;
+        spread.run(b, num_rows * piece / pieces.per_image, num_rows * (piece + 1) / pieces.per_image,
+                   ranking.ranks, nullptr, nullptr, memory + ranking_bytes);
+      });
+  return wrong;
 }
-
-// Calls Function<T> for the dtype of a checked floating-point tensor.
-#define VIOPS_FOR_DTYPE(view, Function, ...)                      \
-  switch ((view).dtype) {                                         \
-    case DType::float32: return Function<float>(__VA_ARGS__);     \
-    case DType::float64: return Function<double>(__VA_ARGS__);    \
-    case DType::bfloat16: return Function<bfloat16>(__VA_ARGS__); \
-    default: return Function<float16>(__VA_ARGS__);               \
-  }
 
 // Sums are float64 where an input is.
 template <class T>
@@ -477,15 +495,15 @@ void reorganize_forward_by_scores(const TensorView& x, const TensorView& scores,
 }
 
 template <class T>
-void reorganize_backward_by_scores(const TensorView& grad_tokens, const TensorView* x,
-                                   const TensorView& scores, const int32_t* ranks, int64_t keep,
-                                   const TensorView* grad_x, const TensorView* grad_scores) {
+WrongPlace reorganize_backward_by_scores(const TensorView& grad_tokens, const TensorView* x,
+                                         const TensorView& scores, const TensorView& index,
+                                         const TensorView* grad_x, const TensorView* grad_scores) {
   if constexpr (sizeof(T) < sizeof(double)) {
     if (scores.dtype != DType::float64) {
-      return reorganize_backward<T, float>(grad_tokens, x, scores, ranks, keep, grad_x, grad_scores);
+      return reorganize_backward<T, float>(grad_tokens, x, scores, index, grad_x, grad_scores);
     }
   }
-  reorganize_backward<T, double>(grad_tokens, x, scores, ranks, keep, grad_x, grad_scores);
+  return reorganize_backward<T, double>(grad_tokens, x, scores, index, grad_x, grad_scores);
 }
 
 const CpuKernels kernels = {
@@ -500,17 +518,15 @@ const CpuKernels kernels = {
     [](const TensorView& x, const TensorView& scores, const TensorView& tokens, const TensorView& index) {
       VIOPS_FOR_DTYPE(x, reorganize_forward_by_scores, x, scores, tokens, index)
     },
-    [](const TensorView& grad_tokens, const TensorView* x, const TensorView& scores, const int32_t* ranks,
-       int64_t keep, const TensorView* grad_x, const TensorView* grad_scores) {
-      VIOPS_FOR_DTYPE(grad_tokens, reorganize_backward_by_scores, grad_tokens, x, scores, ranks, keep, grad_x,
+    [](const TensorView& grad_tokens, const TensorView* x, const TensorView& scores, const TensorView& index,
+       const TensorView* grad_x, const TensorView* grad_scores) -> WrongPlace {
+      VIOPS_FOR_DTYPE(grad_tokens, reorganize_backward_by_scores, grad_tokens, x, scores, index, grad_x,
                       grad_scores)
     },
-    [](const TensorView& tokens, const int32_t* ranks, int64_t keep, int64_t num_patches,
-       const TensorView& x) { VIOPS_FOR_DTYPE(tokens, restore_forward, tokens, ranks, keep, num_patches, x) },
-    [](const TensorView& grad_x, const int32_t* ranks, int64_t keep, int64_t num_patches,
-       const TensorView& grad_tokens) {
-      VIOPS_FOR_DTYPE(grad_x, restore_backward, grad_x, ranks, keep, num_patches, grad_tokens)
-    },
+    [](const TensorView& tokens, const TensorView& index, int64_t num_patches, const TensorView& x)
+        -> WrongPlace { VIOPS_FOR_DTYPE(tokens, restore_forward, tokens, index, num_patches, x) },
+    [](const TensorView& grad_x, const TensorView& index, int64_t num_patches, const TensorView& grad_tokens)
+        -> WrongPlace { VIOPS_FOR_DTYPE(grad_x, restore_backward, grad_x, index, num_patches, grad_tokens) },
 };
 
 }  // namespace

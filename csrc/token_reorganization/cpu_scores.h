@@ -43,22 +43,6 @@ struct HeadRows {
   }
 };
 
-// The work is cut into items of one image and a range of its heads: all of them, unless images are fewer
-// than threads.  Calls work(b, first head, last head, memory of scratch_bytes).
-template <class Work>
-void for_each_heads(int64_t batch, int64_t num_heads, int64_t bytes, int64_t scratch_bytes, Work work) {
-  const int threads = threads_for(bytes);
-  const int64_t pieces = batch >= threads ? 1 : std::min<int64_t>(num_heads, threads);
-  const Scratch memory(batch * pieces * scratch_bytes);
-  parallel_for(batch * pieces, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / pieces, piece = item % pieces;
-      work(b, num_heads * piece / pieces, num_heads * (piece + 1) / pieces,
-           memory.data() + item * scratch_bytes);
-    }
-  });
-}
-
 template <class A>
 void softmax(A* row, int64_t count) {
   A largest = row[0];
@@ -102,10 +86,13 @@ void scores_forward(const TensorView& q, const TensorView& k, double scale, cons
     }
     for (int64_t h = first; h < last; ++h) softmax(p + (b * num_heads + h) * num_tokens, num_tokens);
   };
-  for_each_heads(batch, num_heads, bytes, num_heads * query_bytes + buffer_bytes, heads);
+  const Pieces pieces(batch, num_heads, bytes);
+  pieces.for_each(num_heads * query_bytes + buffer_bytes, [&](int64_t b, int64_t piece, char* memory) {
+    heads(b, num_heads * piece / pieces.per_image, num_heads * (piece + 1) / pieces.per_image, memory);
+  });
 
   float* out = static_cast<float*>(scores.data);  // [B, P]
-  parallel_for(batch, threads_for(bytes), [&](int64_t begin, int64_t end) {
+  parallel_for(batch, pieces.threads, [&](int, int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       for (int64_t i = 0; i < num_patches; ++i) {
         A sum = 0;
@@ -163,7 +150,10 @@ void scores_backward(const TensorView& grad_scores, const TensorView& q, const T
       for (int64_t n = 1; n < num_tokens; ++n) grad_q_rows.put(b, h, n, buffer);
     }
   };
-  for_each_heads(batch, num_heads, bytes, 2 * row_bytes + logits_bytes + buffer_bytes, heads);
+  const Pieces pieces(batch, num_heads, bytes);
+  pieces.for_each(2 * row_bytes + logits_bytes + buffer_bytes, [&](int64_t b, int64_t piece, char* memory) {
+    heads(b, num_heads * piece / pieces.per_image, num_heads * (piece + 1) / pieces.per_image, memory);
+  });
 }
 
 }  // namespace

@@ -11,6 +11,12 @@
 
 namespace viops::token_reorganization {
 
+// Whether an index has a place outside 0..P-1 or one twice in a row, and one such place.
+struct WrongPlace {
+  bool found = false;
+  int64_t place = 0;
+};
+
 struct CpuKernels {
   // q, k [B, H, N, D] -> probabilities [B, H, N] = softmax over N of scale * <q[b, h, 0], k[b, h, n]>,
   // float64 where q is, else float32;
@@ -30,21 +36,23 @@ struct CpuKernels {
   void (*reorganize_tokens_forward)(const TensorView& x, const TensorView& scores, const TensorView& tokens,
                                     const TensorView& index);
 
+  // The three below read index [B, keep] and say whether it has a wrong place; then the outputs are not
+  // complete.
+
   // grad_tokens [B, N - P + keep + fuse, C] -> grad_x [B, N, C] and grad_scores [B, P]; either may be
-  // null.  x [B, N, C] is read for grad_scores alone, else null.  `ranks` [B, P]: where each patch went
-  // in 0..keep-1, or -1.
-  void (*reorganize_tokens_backward)(const TensorView& grad_tokens, const TensorView* x,
-                                     const TensorView& scores, const int32_t* ranks, int64_t keep,
-                                     const TensorView* grad_x, const TensorView* grad_scores);
+  // null.  x [B, N, C] is read for grad_scores alone, else null.
+  WrongPlace (*reorganize_tokens_backward)(const TensorView& grad_tokens, const TensorView* x,
+                                           const TensorView& scores, const TensorView& index,
+                                           const TensorView* grad_x, const TensorView* grad_scores);
 
   // tokens [B, N - P + keep + fused, C] -> x [B, N, C]: kept tokens at their places, the fused token, or
   // zero where there is none, at all others.
-  void (*restore_tokens_forward)(const TensorView& tokens, const int32_t* ranks, int64_t keep,
-                                 int64_t num_patches, const TensorView& x);
+  WrongPlace (*restore_tokens_forward)(const TensorView& tokens, const TensorView& index, int64_t num_patches,
+                                       const TensorView& x);
 
   // grad_x [B, N, C] -> grad_tokens [B, N - P + keep + fused, C].
-  void (*restore_tokens_backward)(const TensorView& grad_x, const int32_t* ranks, int64_t keep,
-                                  int64_t num_patches, const TensorView& grad_tokens);
+  WrongPlace (*restore_tokens_backward)(const TensorView& grad_x, const TensorView& index,
+                                        int64_t num_patches, const TensorView& grad_tokens);
 };
 
 VIOPS_DECLARE_KERNELS(CpuKernels);

@@ -9,6 +9,7 @@ subclass it calls the op registered with torch, which then calls the same backen
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -145,7 +146,17 @@ def _report_fallback(op: str, reasons: list[str]) -> None:
         raise BackendError(f"{text} (VIOPS_STRICT is set)")
     if (op, text) not in _warned:
         _warned.add((op, text))
-        warnings.warn(text, RuntimeWarning, stacklevel=5)
+        warnings.warn(text, RuntimeWarning, stacklevel=_stacklevel_of_user())
+
+
+def _stacklevel_of_user() -> int:
+    """For warnings.warn in the calling function: the first frame that is neither ours nor torch's."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("viops", "torch")):
+        frame = frame.f_back
+        level += 1
+    return level
 
 
 class Explanation(NamedTuple):

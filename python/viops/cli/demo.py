@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     print_heading("1. A small ViT learns scikit-learn's digits")
     digits = demo_digits.load_digits(args.device)
     model = demo_digits.build_vit(args.device)
-    demo_digits.train(model, digits, 18, 1e-3, "training", args.quick)
+    demo_digits.train(model, digits, 16, 1e-3, "training", args.quick)
 
     print_heading(f"2. The same model with viops.patch.evit, keep rate {KEEP_RATE}")
     _patch_and_compare(model, digits, args.device, args.quick)
@@ -113,7 +113,7 @@ def _patch_and_compare(model: nn.Module, digits: Digits, device: str, quick: boo
     viops.patch.evit(model, keep_rate=KEEP_RATE, layers=DIGIT_LAYERS)
     patched_accuracy = demo_digits.accuracy(model, digits)
     print(f"  Patched at blocks {DIGIT_LAYERS}: test accuracy {patched_accuracy:.1%} untrained.")
-    demo_digits.train(model, digits, 1, 3e-4, "fine-tuning", quick)
+    demo_digits.train(model, digits, 1, 1e-4, "fine-tuning", quick)
 
     variants: dict[str, Callable[[Tensor], Tensor]] = {
         "ViT as trained": original,

@@ -80,7 +80,7 @@ def _show(axis, image: Tensor) -> None:  # type: ignore[no-untyped-def]
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
-        spine.set_visible(False)
+        spine.set(color="0.6", linewidth=0.5)
 
 
 def digits_as_ink(images: Tensor) -> Tensor:
