@@ -53,6 +53,24 @@ void check_scores_and_probabilities(const TensorView& q, const TensorView& score
   probabilities.check_contiguous();
 }
 
+void softmax_attention_forward(py::handle q_, py::handle k_, py::handle v_, double scale, py::handle out_,
+                               py::handle logsumexp_) {
+  const TensorArgument q("q", q_), k("k", k_), v("v", v_), out("out", out_),
+      logsumexp("logsumexp", logsumexp_);
+  check_on_cpu(q, k, v, out, logsumexp);
+  check_queries_and_keys(q, k);
+  q.check_dtype(DType::float32);
+  for (const TensorView* view : {static_cast<const TensorView*>(&v), static_cast<const TensorView*>(&out)}) {
+    view->check_shape({q.shape[0], q.shape[1], q.shape[2], q.shape[3]}, "B, H, N, D");
+    view->check_same_dtype(q);
+  }
+  logsumexp.check_shape({q.shape[0], q.shape[1], q.shape[2]}, "B, H, N");
+  logsumexp.check_same_dtype(q);
+  logsumexp.check_contiguous();
+  py::gil_scoped_release released;
+  kernels().softmax_attention_forward(q, k, v, scale, out, logsumexp);
+}
+
 void class_attention_scores_forward(py::handle q_, py::handle k_, double scale, py::handle scores_,
                                     py::handle probabilities_) {
   const TensorArgument q("q", q_), k("k", k_), scores("scores", scores_);
@@ -227,6 +245,7 @@ void restore_tokens_backward(py::handle grad_x_, py::handle index_, int64_t num_
 }  // namespace
 
 void bind(py::module_& module) {
+  module.def("softmax_attention_forward", &softmax_attention_forward);
   module.def("class_attention_scores_forward", &class_attention_scores_forward);
   module.def("class_attention_scores_backward", &class_attention_scores_backward);
   module.def("reorganize_tokens_forward", &reorganize_tokens_forward);

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "common/rows.h"
+#include "token_reorganization/cpu_attention.h"
 #include "token_reorganization/cpu_scores.h"
 #include "token_reorganization/token_reorganization.h"
 
@@ -507,6 +508,7 @@ WrongPlace reorganize_backward_by_scores(const TensorView& grad_tokens, const Te
 }
 
 const CpuKernels kernels = {
+    attention_forward,
     [](const TensorView& q, const TensorView& k, double scale, const TensorView& scores,
        const TensorView& probabilities) {
       VIOPS_FOR_DTYPE(q, scores_forward, q, k, scale, scores, probabilities)

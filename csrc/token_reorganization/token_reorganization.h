@@ -18,6 +18,11 @@ struct WrongPlace {
 };
 
 struct CpuKernels {
+  // q, k, v [B, H, N, D] float32 -> out [B, H, N, D], any strides, = softmax(scale * q k^T) v, and
+  // logsumexp [B, H, N], natural, of the rows of scale * q k^T.  H, N and D at least 1.
+  void (*softmax_attention_forward)(const TensorView& q, const TensorView& k, const TensorView& v,
+                                    double scale, const TensorView& out, const TensorView& logsumexp);
+
   // q, k [B, H, N, D] -> probabilities [B, H, N] = softmax over N of scale * <q[b, h, 0], k[b, h, n]>,
   // float64 where q is, else float32;
   // scores [B, P] float32 = mean over heads of the last P columns.  H, D and N at least 1.

@@ -15,6 +15,7 @@ from .ops.token_reorganization import (
     class_attention_scores,
     reorganize_tokens,
     restore_tokens,
+    softmax_attention,
 )
 
 __version__ = "0.1.0"
@@ -29,5 +30,6 @@ __all__ = [
     "patch",
     "reorganize_tokens",
     "restore_tokens",
+    "softmax_attention",
     "use_backend",
 ]

@@ -10,7 +10,7 @@ BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 @dataclass(frozen=True)
 class Family:
-    """One op family: a folder of this name stands in csrc, python/viops/ops, and by it tests, benches."""
+    """Op family: csrc and python/viops/ops hold a folder of its name, tests and benches a file."""
 
     name: str
     #: The ops of the family, as they are called in `torch.ops.viops`.
@@ -25,7 +25,12 @@ class Family:
 FAMILIES = (
     Family(
         name="token_reorganization",
-        ops=("class_attention_scores", "reorganize_tokens", "restore_tokens"),
+        ops=(
+            "class_attention_scores",
+            "softmax_attention",
+            "reorganize_tokens",
+            "restore_tokens",
+        ),
         paper="EViT: Liang et al., ICLR 2022, arXiv:2202.07800",
         backends=("cpu", "reference"),
         lacks={

@@ -1,8 +1,9 @@
-"""Argument checks that every backend shares: each names the argument, what came, what is accepted."""
+"""Argument checks that all backends share: each names the argument, what came, what is accepted."""
 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,17 +34,17 @@ def check_index_tensor(name: str, value: object, axes: str) -> None:
         raise TypeError(f"{name}: expected int64, got {value.dtype}")
 
 
-def check_int(name: str, value: object, low: int, high: int | None, meaning: str) -> int:
+def check_int(name: str, value: Any, low: int, high: int | None, meaning: str) -> int:
     """An integer within [low, high]; `meaning` says what the upper bound is."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         try:
-            value = operator.index(value)  # type: ignore[arg-type]
+            value = operator.index(value)
         except TypeError:
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from None
     if value < low or (high is not None and value > high):
         upper = "" if high is None else f" and at most {high} ({meaning})"
         raise ValueError(f"{name}: expected at least {low}{upper}, got {value}")
-    return value  # type: ignore[return-value]
+    return value
 
 
 def check_same(what: str, name: str, got: object, other: str, expected: object) -> None:

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,10 +83,10 @@ def refuses_dtype(device_type: str, dtype: torch.dtype) -> str | None:
 def use_backend(name: str) -> Iterator[None]:
     """Makes every op run on this backend, or raise BackendError where it cannot.
 
-    `name` is one of viops.catalog.BACKENDS.  The choice holds for the process, all threads included,
-    until the block ends: autograd runs backward on threads of its own.  The environment variable
-    VIOPS_BACKEND sets it from the start.  Code that torch.compile has compiled keeps calling
-    the registered op, which honours it too.
+    `name` is one of viops.catalog.BACKENDS.  The choice holds for the process, all threads
+    included, until the block ends: autograd runs backward on threads of its own.  The environment
+    variable VIOPS_BACKEND sets it from the start.  Code that torch.compile has compiled keeps
+    calling the registered op, which honours it too.
     """
     global _forced
     previous = _forced
@@ -129,7 +129,7 @@ def _choose(
         if reason is not None:
             raise BackendError(f"{op}: backend {forced!r} was asked for, but {reason}")
         return forced, _kernels[op][forced]
-    reasons = []
+    reasons: list[str] = []
     for backend in catalog.BACKENDS:
         reason = refusal(op, backend, device_type, dtype)
         if reason is None:
@@ -150,7 +150,7 @@ def _report_fallback(op: str, reasons: list[str]) -> None:
 
 
 def _stacklevel_of_user() -> int:
-    """For warnings.warn in the calling function: the first frame that is neither ours nor torch's."""
+    """For warnings.warn in the calling function: the first frame neither ours nor torch's."""
     level = 1
     frame = sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").startswith(("viops", "torch")):
@@ -229,7 +229,7 @@ def is_plain_eager(*tensors: Tensor) -> bool:
 
 
 def is_reference_forced() -> bool:
-    """Whether use_backend("reference") holds: public functions are then plain PyTorch throughout."""
+    """Whether use_backend("reference") holds: public functions are then all plain PyTorch."""
     return _forced == "reference"
 
 
@@ -243,11 +243,11 @@ class _RefuseSecondDerivative(torch.autograd.Function):
         return getattr(torch.ops.viops, op)(*args)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: object) -> None:  # type: ignore[no-untyped-def]
+    def setup_context(ctx: Any, inputs: tuple, output: object) -> None:
         ctx.op = inputs[0]
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> None:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(
             f"{ctx.op}: the kernels have no second derivative; "
             'viops.use_backend("reference") around forward and backward has'
@@ -302,7 +302,7 @@ class Op:
         self._registered = getattr(torch.ops.viops, name).default
         self._registered_backward = getattr(torch.ops.viops, f"{name}_backward").default
 
-    def __call__(self, *args: object) -> object:
+    def __call__(self, *args: Any) -> Any:
         """Runs the op on these positional arguments, by the shortest way that is right here."""
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if is_plain_eager(*tensors):
@@ -317,7 +317,7 @@ class Op:
             return self._transformed_function.apply(*args)
         return self._registered(*args)
 
-    def run_backward(self, *args: object) -> object:
+    def run_backward(self, *args: Any) -> Any:
         """Runs the backward op on these positional arguments, within `backward`."""
         if torch.is_grad_enabled():
             return _RefuseSecondDerivative.apply(f"{self.name}_backward", *args)
@@ -325,24 +325,24 @@ class Op:
             return self._backward(*args)
         return self._registered_backward(*args)
 
-    def _run_eager(self, ctx: object, *args: object) -> object:
+    def _run_eager(self, ctx: Any, *args: Any) -> Any:
         output = self._forward(*args)
         self._setup(ctx, args, output)
         return output
 
-    def _run(self, *args: object) -> object:
+    def _run(self, *args: Any) -> Any:
         if is_plain_eager(*(arg for arg in args if isinstance(arg, Tensor))):
             return self._forward(*args)
         return self._registered(*args)
 
-    def _forward(self, *args: object) -> object:
+    def _forward(self, *args: Any) -> Any:
         first = args[0]
-        _, kernels = choose(self.name, first.device.type, first.dtype)  # type: ignore[attr-defined]
+        _, kernels = choose(self.name, first.device.type, first.dtype)
         return kernels.forward(*args)
 
-    def _backward(self, *args: object) -> object:
+    def _backward(self, *args: Any) -> Any:
         first = args[0]
-        _, kernels = choose(self.name, first.device.type, first.dtype)  # type: ignore[attr-defined]
+        _, kernels = choose(self.name, first.device.type, first.dtype)
         return kernels.backward(*args)
 
 
@@ -356,8 +356,8 @@ def _register_vmap_by_folding(op: str) -> None:
     """A vmap rule for an op whose tensors all lead with the batch: the mapped axis joins it."""
     call = getattr(torch.ops.viops, op)
 
-    def rule(info: object, in_dims: tuple, *args: object) -> tuple:
-        size = info.batch_size  # type: ignore[attr-defined]
+    def rule(info: Any, in_dims: tuple, *args: object) -> tuple:
+        size = info.batch_size
 
         def fold(arg: object, dim: int | None) -> object:
             if not isinstance(arg, Tensor):
@@ -368,7 +368,7 @@ def _register_vmap_by_folding(op: str) -> None:
         def unfold(out: Tensor) -> Tensor:
             return out.unflatten(0, (size, out.shape[0] // size))
 
-        outputs = call(*(fold(arg, dim) for arg, dim in zip(args, in_dims)))
+        outputs = call(*(fold(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
         if isinstance(outputs, Tensor):
             return unfold(outputs), 0
         return tuple(unfold(out) for out in outputs), (0,) * len(outputs)

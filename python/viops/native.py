@@ -17,6 +17,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
 extension, load_error = _load()
 
 
+#: The CPU level that the extension took when it was loaded, or None.
+cpu_level: str | None = None if extension is None else extension.cpu_level()
+
+
 def require() -> ModuleType:
     """The extension module; RuntimeError with the reason where there is none."""
     if extension is None:

@@ -37,6 +37,37 @@ def draw() -> Draw:
 # class_attention
 
 
+@pytest.mark.parametrize("magnitude", [2.0**0, 2.0**6, 2.0**13, 2.0**50])
+def test_softmax_attention_of_large_logits(backend: Backend, draw: Draw, magnitude: float) -> None:
+    """Integers, so that the dot products are exact and the softmax alone can err."""
+    q, k = (draw.integers(-4, 4, 2, 3, 70, 16) * magnitude for _ in range(2))
+    v = draw.normal(2, 3, 70, 16)
+    with backend.enter():
+        out = viops.softmax_attention(q, k, v, scale=0.25)
+    expected = reference.softmax_attention(q.double(), k.double(), v.double(), scale=0.25)
+    assert (out.double() - expected).norm() <= 2e-6 * expected.norm()
+
+
+def test_softmax_attention_of_one_token_is_its_value(backend: Backend, draw: Draw) -> None:
+    q, k, v = (draw.normal(2, 3, 1, 8) for _ in range(3))
+    with backend.enter():
+        torch.testing.assert_close(viops.softmax_attention(q, k, v), v, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_softmax_attention_hides_no_nan(
+    backend: Backend, draw: Draw, name: str, value: float
+) -> None:
+    """What is NaN in the reference is NaN, and nothing else is."""
+    tensors = {key: draw.normal(1, 2, 37, 8) for key in "qkv"}
+    tensors[name][0, 1, 20, 3] = value
+    with backend.enter():
+        out = viops.softmax_attention(**tensors)
+    expected = reference.softmax_attention(**{key: t.double() for key, t in tensors.items()})
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 def test_class_attention_is_softmax_attention(backend: Backend, draw: Draw) -> None:
     """Against the formula written out, and not against the reference's own words."""
     q, k, v = (t.double() for t in cases.fused_qkv(draw, 2, 3, 11, 4))

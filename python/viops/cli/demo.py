@@ -113,7 +113,7 @@ def _patch_and_compare(model: nn.Module, digits: Digits, device: str, quick: boo
     viops.patch.evit(model, keep_rate=KEEP_RATE, layers=DIGIT_LAYERS)
     patched_accuracy = demo_digits.accuracy(model, digits)
     print(f"  Patched at blocks {DIGIT_LAYERS}: test accuracy {patched_accuracy:.1%} untrained.")
-    demo_digits.train(model, digits, 1, 1e-4, "fine-tuning", quick)
+    demo_digits.train(model, digits, 1, 3e-5, "fine-tuning", quick)
 
     variants: dict[str, Callable[[Tensor], Tensor]] = {
         "ViT as trained": original,

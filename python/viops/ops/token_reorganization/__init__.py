@@ -5,6 +5,13 @@ from .op import (
     class_attention_scores,
     reorganize_tokens,
     restore_tokens,
+    softmax_attention,
 )
 
-__all__ = ["class_attention", "class_attention_scores", "reorganize_tokens", "restore_tokens"]
+__all__ = [
+    "class_attention",
+    "class_attention_scores",
+    "reorganize_tokens",
+    "restore_tokens",
+    "softmax_attention",
+]

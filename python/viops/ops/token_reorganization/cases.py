@@ -84,6 +84,7 @@ def _case(op: str, name: str, make: Callable[[Draw], tuple], **options: object) 
 
 
 _scores_case = partial(_case, "class_attention_scores")
+_softmax_case = partial(_case, "softmax_attention")
 _attention_case = partial(_case, "class_attention")
 _reorganize_case = partial(_case, "reorganize_tokens")
 _restore_case = partial(_case, "restore_tokens")
@@ -154,6 +155,37 @@ ATTENTION_CASES = (
         "narrow values",
         lambda d: (*queries(d, 2, 3, 19, 16), d.normal(2, 3, 19, 8)),
     ),
+)
+
+SOFTMAX_CASES = (
+    _softmax_case("deit", lambda d: fused_qkv(d, 2, 6, 197, 64)),
+    _softmax_case("large", lambda d: fused_qkv(d, 4, 6, 197, 64)),
+    _softmax_case("prime", lambda d: queries(d, 3, 5, 13, 7, count=3)),
+    _softmax_case("few tokens", lambda d: queries(d, 2, 3, 4, 8, count=3)),
+    _softmax_case("one channel", lambda d: queries(d, 2, 3, 29, 1, count=3)),
+    _softmax_case("one head", lambda d: queries(d, 1, 1, 131, 33, count=3)),
+    _softmax_case("wide head", lambda d: queries(d, 1, 2, 17, 129, count=3)),
+    _softmax_case("long", lambda d: queries(d, 1, 1, 1031, 20, count=3)),
+    _softmax_case("scale", lambda d: queries(d, 2, 3, 19, 8, count=3), scale=-0.7),
+    _softmax_case("scale zero", lambda d: queries(d, 2, 3, 19, 8, count=3), scale=0),
+    _softmax_case("no batch", lambda d: queries(d, 0, 3, 19, 8, count=3)),
+    _softmax_case(
+        "strided",
+        lambda d: tuple(every_second(t) for t in queries(d, 2, 3, 19, 24, count=3)),
+    ),
+    _softmax_case(
+        "head axis outermost",
+        lambda d: tuple(axes_swapped(t, 2, 3) for t in queries(d, 2, 3, 37, 24, count=3)),
+    ),
+    _softmax_case(
+        "expanded",
+        lambda d: tuple(d.normal(1, 3, 19, 8).expand(2, 3, 19, 8) for _ in range(3)),
+    ),
+    _softmax_case(
+        "unaligned",
+        lambda d: tuple(amid_nan(t) for t in queries(d, 2, 3, 19, 24, count=3)),
+    ),
+    _softmax_case("narrow values", lambda d: (*queries(d, 2, 3, 19, 16), d.normal(2, 3, 19, 8))),
 )
 
 REORGANIZE_CASES = (
@@ -303,7 +335,7 @@ RESTORE_CASES = (
     ),
 )
 
-CASES = SCORES_CASES + ATTENTION_CASES + REORGANIZE_CASES + RESTORE_CASES
+CASES = SOFTMAX_CASES + SCORES_CASES + ATTENTION_CASES + REORGANIZE_CASES + RESTORE_CASES
 
 
 def _bad(
@@ -323,21 +355,34 @@ def _bad_queries(
     name: str,
     make: Callable[[Draw], tuple],
     **options: object,
-) -> tuple[BadCase, BadCase]:
-    """The same q and k given to both functions that take them."""
+) -> tuple[BadCase, ...]:
+    """The same q and k given to all functions that take them."""
 
     def with_v(draw: Draw) -> tuple:
         return *make(draw), draw.normal(2, 3, 7, 4)
 
-    return (
+    bad = (
         _bad("class_attention_scores", argument, error, name, make, **options),
         _bad("class_attention", argument, error, name, with_v, **options),
     )
+    if argument == "num_prefix":
+        return bad
+    return (*bad, _bad("softmax_attention", argument, error, name, with_v, **options))
 
 
 def _good(draw: Draw) -> tuple[Tensor, Tensor]:
     """q and k [2, 3, 7, 4], as the bad calls have them where they are good."""
     return draw.normal(2, 3, 7, 4), draw.normal(2, 3, 7, 4)
+
+
+def _bad_values(
+    error: type[Exception], name: str, make: Callable[[Draw], tuple]
+) -> tuple[BadCase, BadCase]:
+    """The same q, k and v given to both functions that take them."""
+    return (
+        _bad("class_attention", "v", error, name, make),
+        _bad("softmax_attention", "v", error, name, make),
+    )
 
 
 BAD_QUERIES = (
@@ -365,15 +410,12 @@ BAD_QUERIES = (
     *_bad_queries("num_prefix", ValueError, "over", _good, num_prefix=8),
     *_bad_queries("num_prefix", TypeError, "float", _good, num_prefix=1.0),
     *_bad_queries("num_prefix", TypeError, "text", _good, num_prefix="1"),
-    _bad("class_attention", "v", TypeError, "none", lambda d: (*_good(d), None)),
-    _bad("class_attention", "v", ValueError, "rank", lambda d: (*_good(d), d.normal(2, 3, 7))),
-    _bad("class_attention", "v", ValueError, "size", lambda d: (*_good(d), d.normal(2, 3, 8, 4))),
-    _bad(
-        "class_attention",
-        "v",
-        TypeError,
-        "dtype",
-        lambda d: (*_good(d), d.normal(2, 3, 7, 4, dtype=_other(d.dtype))),
+    *_bad_values(TypeError, "none", lambda d: (*_good(d), None)),
+    *_bad_values(ValueError, "rank", lambda d: (*_good(d), d.normal(2, 3, 7))),
+    *_bad_values(ValueError, "size", lambda d: (*_good(d), d.normal(2, 3, 8, 4))),
+    *_bad_values(ValueError, "device", lambda d: (*_good(d), _good(d)[0].to("meta"))),
+    *_bad_values(
+        TypeError, "dtype", lambda d: (*_good(d), d.normal(2, 3, 7, 4, dtype=_other(d.dtype)))
     ),
 )
 

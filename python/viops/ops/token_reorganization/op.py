@@ -1,213 +1,28 @@
-"""Token reorganization: schemas, fakes, derivatives and public functions.
+"""Reorganizing and restoring tokens: schemas, fakes, derivatives and public functions.
 
-Source: Liang et al., EViT, ICLR 2022, sections 3.2 and 3.3.
+Source: Liang et al., EViT, ICLR 2022, section 3.3.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ... import checks, dispatch, native
 from ...dispatch import Kernels
 from . import reference
+from .attention import class_attention, class_attention_scores, softmax_attention
 
-
-def _native_scores_forward(
-    q: Tensor, k: Tensor, num_prefix: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    batch, num_heads, num_tokens, _ = k.shape
-    dtype = reference.accumulation_dtype(q.dtype)
-    scores = q.new_empty(batch, num_tokens - num_prefix, dtype=torch.float32)
-    probabilities = q.new_empty(batch, num_heads, num_tokens, dtype=dtype)
-    native.require().class_attention_scores_forward(q, k, scale, scores, probabilities)
-    return scores, probabilities
-
-
-def _native_scores_backward(
-    grad_scores: Tensor, q: Tensor, k: Tensor, probabilities: Tensor, num_prefix: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    batch, num_heads, num_tokens, head_dim = k.shape
-    # laid out as [B, N, H, D]: the order in which a fused qkv linear takes its gradient
-    grad_q = q.new_empty(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
-    grad_k = k.new_empty(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
-    native.require().class_attention_scores_backward(
-        grad_scores, q, k, probabilities, scale, grad_q, grad_k
-    )
-    return grad_q, grad_k
-
-
-dispatch.register(
+__all__ = [
+    "class_attention",
     "class_attention_scores",
-    "reference",
-    Kernels(
-        reference.class_attention_scores_forward,
-        reference.class_attention_scores_backward,
-        dispatch.refuses_dtype,
-    ),
-)
-dispatch.register(
-    "class_attention_scores",
-    "cpu",
-    Kernels(_native_scores_forward, _native_scores_backward, dispatch.refuses_native),
-)
-
-
-def _scores_fake(q: Tensor, k: Tensor, num_prefix: int, scale: float) -> tuple[Tensor, Tensor]:
-    _check_scores(q, k, num_prefix)
-    batch, num_heads, num_tokens, _ = k.shape
-    dtype = reference.accumulation_dtype(q.dtype)
-    scores = q.new_empty(batch, num_tokens - num_prefix, dtype=torch.float32)
-    return scores, q.new_empty(batch, num_heads, num_tokens, dtype=dtype)
-
-
-def _scores_backward_fake(
-    grad_scores: Tensor, q: Tensor, k: Tensor, probabilities: Tensor, num_prefix: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    batch, num_heads, num_tokens, head_dim = k.shape
-    shape = (batch, num_tokens, num_heads, head_dim)
-    return q.new_empty(shape).transpose(1, 2), k.new_empty(shape).transpose(1, 2)
-
-
-def _scores_setup(ctx, inputs: tuple, output: tuple) -> None:  # type: ignore[no-untyped-def]
-    q, k, ctx.num_prefix, ctx.scale = inputs
-    ctx.save_for_backward(q, k, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _scores_backward(ctx, grad_scores: Tensor | None, _: Tensor | None) -> tuple:  # type: ignore[no-untyped-def]
-    if grad_scores is None:
-        return None, None, None, None
-    q, k, probabilities = ctx.saved_tensors
-    grad_q, grad_k = _class_attention_scores.run_backward(
-        grad_scores, q, k, probabilities, ctx.num_prefix, ctx.scale
-    )
-    return grad_q, grad_k, None, None
-
-
-_class_attention_scores = dispatch.Op(
-    "class_attention_scores",
-    "(Tensor q, Tensor k, SymInt num_prefix, float scale) -> (Tensor, Tensor)",
-    _scores_fake,
-    "(Tensor grad_scores, Tensor q, Tensor k, Tensor probabilities, SymInt num_prefix,"
-    " float scale) -> (Tensor, Tensor)",
-    _scores_backward_fake,
-    _scores_setup,
-    _scores_backward,
-)
-
-
-@register_flop_formula(torch.ops.viops.class_attention_scores)
-def _scores_flops(q_shape, k_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    batch, num_heads, num_tokens, head_dim = k_shape
-    return 2 * batch * num_heads * num_tokens * head_dim
-
-
-@register_flop_formula(torch.ops.viops.class_attention_scores_backward)
-def _scores_backward_flops(grad_shape, q_shape, k_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    batch, num_heads, num_tokens, head_dim = k_shape
-    return 4 * batch * num_heads * num_tokens * head_dim
-
-
-def _check_scores(q: Tensor, k: Tensor, num_prefix: int) -> int:
-    checks.check_float_tensor("q", q, "B H N D")
-    checks.check_float_tensor("k", k, "B H N D")
-    if q.shape != k.shape:
-        raise ValueError(f"k: shape {list(k.shape)} differs from q's {list(q.shape)}")
-    if q.dtype != k.dtype:
-        raise TypeError(f"k: dtype {k.dtype} differs from q's {q.dtype}")
-    checks.check_same("device", "k", k.device, "q", q.device)
-    _, num_heads, num_tokens, head_dim = q.shape
-    if num_heads < 1 or head_dim < 1:
-        raise ValueError(f"q: expected H and D of at least 1, got shape {list(q.shape)}")
-    return checks.check_int("num_prefix", num_prefix, 1, num_tokens, "the number of tokens")
-
-
-def class_attention_scores(
-    q: Tensor, k: Tensor, *, num_prefix: int = 1, scale: float | None = None
-) -> Tensor:
-    """Attention that the class token pays to each patch, averaged over heads.
-
-    The scores of `class_attention` alone, for callers whose attention comes from elsewhere (a mask,
-    another library).  Reads q's first row and k once.
-
-    Args:
-        q: [B, H, N, D], float32, float64, bfloat16 or float16, any strides.  Token 0 is the class
-            token.
-        k: [B, H, N, D], of q's dtype and device.
-        num_prefix: how many tokens lead the patches (class, distillation, register tokens), 1 to N.
-        scale: factor on the dot products; None is D ** -0.5.
-
-    Returns:
-        scores [B, N - num_prefix], float32: mean over heads of row 0 of softmax(q k^T * scale), the
-        prefix columns dropped and the rest not renormalised.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
-
-    Source: EViT (Liang et al., ICLR 2022), section 3.2, equation 2.
-    """
-    num_prefix = _check_scores(q, k, num_prefix)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if dispatch.is_reference_forced():
-        return reference.class_attention_scores(q, k, num_prefix=num_prefix, scale=scale)
-    return _class_attention_scores(q, k, num_prefix, scale)[0]
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """x as scaled_dot_product_attention casts it."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype is torch.float64:
-        return x
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
-
-
-def class_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, num_prefix: int = 1, scale: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention that also yields the class token's attention to each patch.
-
-    The attention matrix is never stored: `out` comes from torch's scaled_dot_product_attention,
-    `scores` from a kernel that reads q's first row and k once.
-
-    Args:
-        q: [B, H, N, D], float32, float64, bfloat16 or float16, any strides; the view that a fused
-            qkv linear gives is the fast path.  Token 0 is the class token.
-        k: [B, H, N, D], of q's dtype and device.
-        v: [B, H, N, Dv], of q's dtype and device.
-        num_prefix: how many tokens lead the patches (class, distillation, register tokens), 1 to N.
-        scale: factor on the dot products; None is D ** -0.5.
-
-    Returns:
-        out [B, H, N, Dv] = softmax(q k^T * scale) v, laid out so that
-        ``out.transpose(1, 2).reshape(B, N, H * Dv)`` is free; scores [B, N - num_prefix], float32, as
-        `class_attention_scores` gives them.  Both carry gradient.
-
-    Under autocast q, k and v are cast as scaled_dot_product_attention casts them.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
-
-    Source: EViT (Liang et al., ICLR 2022), section 3.2, equations 1 and 2.
-    """
-    q, k, v = _autocast(q), _autocast(k), _autocast(v)
-    num_prefix = _check_scores(q, k, num_prefix)
-    checks.check_float_tensor("v", v, "B H N D")
-    if v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"v: [B, H, N] {list(v.shape[:3])} differs from q's {list(q.shape[:3])}")
-    if v.dtype != q.dtype:
-        raise TypeError(f"v: dtype {v.dtype} differs from q's {q.dtype}")
-    checks.check_same("device", "v", v.device, "q", q.device)
-    if dispatch.is_reference_forced():
-        return reference.class_attention(q, k, v, num_prefix=num_prefix, scale=scale)
-    scores = class_attention_scores(q, k, num_prefix=num_prefix, scale=scale)
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), scores
+    "reorganize_tokens",
+    "restore_tokens",
+    "softmax_attention",
+]
 
 
 def _native_reorganize_forward(
@@ -286,7 +101,7 @@ def _reorganize_backward_fake(
     return _empty_gradients(grad_tokens, x, scores, num_prefix, need_x)
 
 
-def _reorganize_setup(ctx, inputs: tuple, output: tuple) -> None:  # type: ignore[no-untyped-def]
+def _reorganize_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, scores, _, ctx.num_prefix, fuse = inputs
     ctx.need_x = ctx.needs_input_grad[0]
     ctx.need_scores = ctx.needs_input_grad[1] and fuse  # only the fused token depends on them
@@ -295,7 +110,7 @@ def _reorganize_setup(ctx, inputs: tuple, output: tuple) -> None:  # type: ignor
     ctx.set_materialize_grads(False)
 
 
-def _reorganize_backward(ctx, grad_tokens: Tensor | None, _: None) -> tuple:  # type: ignore[no-untyped-def]
+def _reorganize_backward(ctx: Any, grad_tokens: Tensor | None, _: None) -> tuple:
     x, scores, index = ctx.saved_tensors
     if grad_tokens is None or not (ctx.need_x or ctx.need_scores):
         return None, None, None, None, None
@@ -324,14 +139,22 @@ _reorganize_tokens = dispatch.Op(
 
 
 @register_flop_formula(torch.ops.viops.reorganize_tokens)
-def _reorganize_flops(x_shape, scores_shape, keep, num_prefix, fuse, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _reorganize_flops(
+    x_shape: Size, scores_shape: Size, keep: int, num_prefix: int, fuse: bool, **kwargs: object
+) -> int:
     batch, num_patches = scores_shape
     return 2 * batch * (num_patches - keep) * x_shape[2] * fuse
 
 
 @register_flop_formula(torch.ops.viops.reorganize_tokens_backward)
-def _reorganize_backward_flops(  # type: ignore[no-untyped-def]
-    grad_shape, x_shape, scores_shape, index_shape, num_prefix, need_x, **kwargs
+def _reorganize_backward_flops(
+    grad_shape: Size,
+    x_shape: Size | None,
+    scores_shape: Size,
+    index_shape: Size,
+    num_prefix: int,
+    need_x: bool,
+    **kwargs: object,
 ) -> int:
     batch, num_patches = scores_shape
     keep = index_shape[1]
@@ -347,8 +170,8 @@ def _check_reorganize(x: Tensor, scores: Tensor, keep: int, num_prefix: int) -> 
     batch, num_patches = scores.shape
     if batch != x.shape[0] or num_patches != x.shape[1] - num_prefix:
         raise ValueError(
-            f"scores: expected [B, N - num_prefix] = [{x.shape[0]}, {x.shape[1] - num_prefix}] for x "
-            f"{list(x.shape)} and num_prefix {num_prefix}, got shape {list(scores.shape)}"
+            f"scores: expected [B, N - num_prefix] = [{x.shape[0]}, {x.shape[1] - num_prefix}] for "
+            f"x {list(x.shape)} and num_prefix {num_prefix}, got shape {list(scores.shape)}"
         )
     checks.check_same("device", "scores", scores.device, "x", x.device)
     return checks.check_int("keep", keep, 0, num_patches, "the number of patches"), num_prefix
@@ -373,7 +196,8 @@ def reorganize_tokens(
         fused token; index [B, keep], int64: the kept patches' places in 0..P-1, equal scores by
         rising place.  Gradients go to x, and to scores through the fused token.
 
-    Sums are held in float32, or in float64 where x or scores are float64.  Autocast changes nothing.
+    Sums are held in float32, or in float64 where x or scores are float64.  Autocast changes
+    nothing.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -430,13 +254,13 @@ def _restore_backward_fake(
     return grad_x.new_empty(grad_x.shape[0], num_tokens, grad_x.shape[2])
 
 
-def _restore_setup(ctx, inputs: tuple, output: Tensor) -> None:  # type: ignore[no-untyped-def]
+def _restore_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     tokens, index, _, ctx.num_prefix = inputs
     ctx.num_tokens = tokens.shape[1]
     ctx.save_for_backward(index)
 
 
-def _restore_backward(ctx, grad_x: Tensor) -> tuple:  # type: ignore[no-untyped-def]
+def _restore_backward(ctx: Any, grad_x: Tensor) -> tuple:
     (index,) = ctx.saved_tensors
     grad_tokens = _restore_tokens.run_backward(grad_x, index, ctx.num_tokens, ctx.num_prefix)
     return grad_tokens, None, None, None
@@ -454,7 +278,7 @@ _restore_tokens = dispatch.Op(
 
 
 @register_flop_formula([torch.ops.viops.restore_tokens, torch.ops.viops.restore_tokens_backward])
-def _restore_flops(*args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _restore_flops(*args: object, **kwargs: object) -> int:
     return 0  # rows are moved, and in backward added; nothing is multiplied
 
 
@@ -468,8 +292,9 @@ def _check_restore(
     batch, keep = index.shape
     if batch != tokens.shape[0] or not 0 <= num_tokens - num_prefix - keep <= 1:
         raise ValueError(
-            "index: expected [B, keep] with M = num_prefix + keep, or one more for the fused token, "
-            f"got shape {list(index.shape)} for tokens {list(tokens.shape)}, num_prefix {num_prefix}"
+            "index: expected [B, keep] with M = num_prefix + keep, or one more for the fused "
+            f"token, got shape {list(index.shape)} for tokens {list(tokens.shape)}, "
+            f"num_prefix {num_prefix}"
         )
     checks.check_same("device", "index", index.device, "tokens", tokens.device)
     num_patches = checks.check_int("num_patches", num_patches, 0, None, "")
@@ -483,8 +308,8 @@ def restore_tokens(
 ) -> Tensor:
     """Kept tokens back at their places, the fused token at all others.
 
-    For dense prediction and pictures.  After several reorganizations, restore the last one first; the
-    fused token of an earlier one stands among the patches of the next.
+    For dense prediction and pictures.  After several reorganizations, restore the last one first;
+    the fused token of an earlier one stands among the patches of the next.
 
     Args:
         tokens: [B, M, C], float32, float64, bfloat16 or float16, any strides, with
@@ -495,8 +320,8 @@ def restore_tokens(
         num_prefix: how many tokens lead the patches; they stay as they are.
 
     Returns:
-        x [B, num_prefix + num_patches, C]; without a fused token the places of dropped ones are zero.
-        Gradients go to tokens.  Autocast changes nothing.
+        x [B, num_prefix + num_patches, C]; without a fused token the places of dropped ones are
+        zero.  Gradients go to tokens.  Autocast changes nothing.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

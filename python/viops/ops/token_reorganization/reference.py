@@ -29,6 +29,50 @@ def class_attention(
     return out, scores.float()  # [B, N - num_prefix]
 
 
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    """Attention through the whole matrix."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return softmax_attention_forward(q, k, v, scale)[0]
+
+
+def softmax_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same, and the logarithm of the sum of each row's exponentials, [B, H, N]."""
+    dtype = accumulation_dtype(q.dtype)
+    logits = q.to(dtype) @ k.to(dtype).transpose(-2, -1) * scale  # [B, H, N, N]
+    out = (logits.softmax(dim=-1) @ v.to(dtype)).to(q.dtype)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), logits.logsumexp(dim=-1)
+
+
+def softmax_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to q, k and v: [B, H, N, D], laid out as [B, N, H, D]."""
+    dtype = logsumexp.dtype
+    wide_q, wide_k, wide_v, grad = (t.to(dtype) for t in (q, k, v, grad_out))
+    logits = wide_q @ wide_k.transpose(-2, -1) * scale  # [B, H, N, N]
+    attention = (logits - logsumexp.unsqueeze(-1)).exp()
+    grad_attention = grad @ wide_v.transpose(-2, -1)
+    inner = (grad * out.to(dtype)).sum(dim=-1, keepdim=True)  # [B, H, N, 1]
+    grad_logits = attention * (grad_attention - inner) * scale
+    grads = (
+        grad_logits @ wide_k,
+        grad_logits.transpose(-2, -1) @ wide_q,
+        attention.transpose(-2, -1) @ grad,
+    )
+    grad_q, grad_k, grad_v = (
+        g.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2) for g in grads
+    )
+    return grad_q, grad_k, grad_v
+
+
 def class_attention_scores(
     q: Tensor, k: Tensor, *, num_prefix: int = 1, scale: float | None = None
 ) -> Tensor:

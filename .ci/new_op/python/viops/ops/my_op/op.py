@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ... import checks, dispatch, native
@@ -48,11 +50,11 @@ def _backward_fake(grad_y: Tensor, scale: float) -> Tensor:
     return grad_y.new_empty(grad_y.shape)
 
 
-def _setup(ctx, inputs: tuple, output: Tensor) -> None:  # type: ignore[no-untyped-def]
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, ctx.scale = inputs
 
 
-def _backward(ctx, grad_y: Tensor) -> tuple:  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad_y: Tensor) -> tuple:
     return _my_op.run_backward(grad_y, ctx.scale), None
 
 
@@ -73,7 +75,7 @@ _my_op = dispatch.Op(
         torch.ops.viops.my_op_backward,
     ]
 )
-def _flops(shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _flops(shape: Size, *args: object, **kwargs: object) -> int:
     batch, num_tokens, channels = shape
     return batch * num_tokens * channels
 
