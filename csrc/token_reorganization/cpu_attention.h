@@ -27,16 +27,22 @@ struct PackedHead {
   }
 
   static int64_t scratch_bytes(int64_t num_tokens, int64_t head_dim) {
-    const int64_t columns = whole_tiles(num_tokens), width = whole_tiles(head_dim);
+    const int64_t columns = columns_for(num_tokens), width = whole_tiles(head_dim);
     const int64_t floats =
         head_dim * columns + num_tokens * width + kQueryRows * (padded(head_dim) + columns + width);
     return padded(floats * static_cast<int64_t>(sizeof(float)));
   }
 
+  // One tile more where rows would lie half a page apart, in the same few sets of the first-level cache.
+  static int64_t columns_for(int64_t num_tokens) {
+    const int64_t columns = whole_tiles(num_tokens);
+    return columns % 512 == 0 ? columns + kTileColumns : columns;
+  }
+
   PackedHead(int64_t num_tokens, int64_t head_dim, char* memory)
       : num_tokens(num_tokens),
         head_dim(head_dim),
-        columns(whole_tiles(num_tokens)),
+        columns(columns_for(num_tokens)),
         width(whole_tiles(head_dim)),
         k_transposed(reinterpret_cast<float*>(memory)),
         v(k_transposed + head_dim * columns),
