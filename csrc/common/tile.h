@@ -11,23 +11,32 @@ constexpr int kTileRows = 6;
 constexpr int kTileVectors = kVectorBytes == 64 ? 4 : 2;
 constexpr int kTileColumns = kTileVectors * kLanes<float>;
 
-// c[m][0..kTileColumns) = sum over k < depth of a[m][k] * b[k][0..kTileColumns), row strides lda, ldb, ldc.
-template <int kRows>
-__attribute__((noinline)) void multiply_tile(const float* a, int64_t lda, const float* b, int64_t ldb,
-                                             int64_t depth, float* c, int64_t ldc) {
+// A matrix in memory: element [m][k] is data[m * row + k * column].
+struct Factors {
+  const float* data;
+  int64_t row, column;
+};
+
+// c[m][0..kTileColumns) = (kAdd: itself plus) the sum over k < depth of a[m][k] * b[k][0..kTileColumns); rows
+// of b and c are ldb and ldc apart.
+template <int kRows, bool kAdd>
+__attribute__((noinline)) void multiply_tile(Factors a, const float* b, int64_t ldb, int64_t depth, float* c,
+                                             int64_t ldc) {
   Vector<float> sums[kRows][kTileVectors];
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) sums[m][v] = Vector<float>{};
+    for (int v = 0; v < kTileVectors; ++v) {
+      sums[m][v] = kAdd ? load<float>(c + m * ldc + v * kLanes<float>) : Vector<float>{};
+    }
   }
-  for (int64_t k = 0; k < depth; ++k, b += ldb) {
+  for (int64_t k = 0; k < depth; ++k, a.data += a.column, b += ldb) {
     Vector<float> row[kTileVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) row[v] = load<float>(b + v * kLanes<float>);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
-      const float factor = a[m * lda + k];
+      const float factor = a.data[m * a.row];
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) sums[m][v] += factor * row[v];
     }
@@ -39,32 +48,32 @@ __attribute__((noinline)) void multiply_tile(const float* a, int64_t lda, const 
   }
 }
 
-// c [rows, columns] = a [rows, depth] b [depth, columns]; columns a multiple of kTileColumns.
-void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b,
-              int64_t ldb, float* c, int64_t ldc) {
+// c [rows, columns] = (kAdd: itself plus) a [rows, depth] b [depth, columns]; columns a multiple of
+// kTileColumns.
+template <bool kAdd>
+void multiply(int64_t rows, int64_t columns, int64_t depth, Factors a, const float* b, int64_t ldb, float* c,
+              int64_t ldc) {
   static_assert(kTileRows == 6);
   for (int64_t n = 0; n < columns; n += kTileColumns) {
-    int64_t m = 0;
-    for (; m + kTileRows <= rows; m += kTileRows) {
-      multiply_tile<kTileRows>(a + m * lda, lda, b + n, ldb, depth, c + m * ldc + n, ldc);
+    Factors part = a;
+    float* out = c + n;
+    int64_t left = rows;
+    for (; left >= kTileRows; left -= kTileRows, part.data += kTileRows * a.row, out += kTileRows * ldc) {
+      multiply_tile<kTileRows, kAdd>(part, b + n, ldb, depth, out, ldc);
     }
-    a += m * lda;
-    c += m * ldc;
-    switch (rows - m) {
-      case 5: multiply_tile<5>(a, lda, b + n, ldb, depth, c + n, ldc); break;
-      case 4: multiply_tile<4>(a, lda, b + n, ldb, depth, c + n, ldc); break;
-      case 3: multiply_tile<3>(a, lda, b + n, ldb, depth, c + n, ldc); break;
-      case 2: multiply_tile<2>(a, lda, b + n, ldb, depth, c + n, ldc); break;
-      case 1: multiply_tile<1>(a, lda, b + n, ldb, depth, c + n, ldc); break;
+    switch (left) {
+      case 5: multiply_tile<5, kAdd>(part, b + n, ldb, depth, out, ldc); break;
+      case 4: multiply_tile<4, kAdd>(part, b + n, ldb, depth, out, ldc); break;
+      case 3: multiply_tile<3, kAdd>(part, b + n, ldb, depth, out, ldc); break;
+      case 2: multiply_tile<2, kAdd>(part, b + n, ldb, depth, out, ldc); break;
+      case 1: multiply_tile<1, kAdd>(part, b + n, ldb, depth, out, ldc); break;
       default: break;
     }
-    a -= m * lda;
-    c -= m * ldc;
   }
 }
 
-// 2^x for x <= 0 to 2e-7 relative; below -126 it is 2^-126, and NaN stays NaN.  The polynomial is the Taylor
-// series of 2^f, f in
+// 2^x for x <= 0 (or just above it) to 2e-7 relative; below -126 it is 2^-126, and NaN stays NaN.  The
+// polynomial is the Taylor series of 2^f, f in
 // [-1/2, 1/2], to its seventh term.
 VIOPS_INLINE Vector<float> exp2_of_nonpositive(Vector<float> x) {
   using Bits = MaskVector<float>;

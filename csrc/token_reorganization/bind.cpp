@@ -53,22 +53,44 @@ void check_scores_and_probabilities(const TensorView& q, const TensorView& score
   probabilities.check_contiguous();
 }
 
+// q [B, H, N, D] float32 and others of its shape, and logsumexp [B, H, N].
+void check_attention(const TensorView& q, std::initializer_list<const TensorView*> others,
+                     const TensorView& logsumexp) {
+  q.check_rank(4, "B, H, N, D");
+  q.check_dtype(DType::float32);
+  if (q.shape[1] < 1 || q.shape[2] < 1 || q.shape[3] < 1) {
+    throw std::invalid_argument("q: expected H, N and D of at least 1");
+  }
+  q.check_on_cpu();
+  for (const TensorView* other : others) {
+    other->check_on_cpu();
+    other->check_shape({q.shape[0], q.shape[1], q.shape[2], q.shape[3]}, "B, H, N, D");
+    other->check_same_dtype(q);
+  }
+  logsumexp.check_on_cpu();
+  logsumexp.check_shape({q.shape[0], q.shape[1], q.shape[2]}, "B, H, N");
+  logsumexp.check_same_dtype(q);
+  logsumexp.check_contiguous();
+}
+
 void softmax_attention_forward(py::handle q_, py::handle k_, py::handle v_, double scale, py::handle out_,
                                py::handle logsumexp_) {
   const TensorArgument q("q", q_), k("k", k_), v("v", v_), out("out", out_),
       logsumexp("logsumexp", logsumexp_);
-  check_on_cpu(q, k, v, out, logsumexp);
-  check_queries_and_keys(q, k);
-  q.check_dtype(DType::float32);
-  for (const TensorView* view : {static_cast<const TensorView*>(&v), static_cast<const TensorView*>(&out)}) {
-    view->check_shape({q.shape[0], q.shape[1], q.shape[2], q.shape[3]}, "B, H, N, D");
-    view->check_same_dtype(q);
-  }
-  logsumexp.check_shape({q.shape[0], q.shape[1], q.shape[2]}, "B, H, N");
-  logsumexp.check_same_dtype(q);
-  logsumexp.check_contiguous();
+  check_attention(q, {&k, &v, &out}, logsumexp);
   py::gil_scoped_release released;
   kernels().softmax_attention_forward(q, k, v, scale, out, logsumexp);
+}
+
+void softmax_attention_backward(py::handle grad_out_, py::handle q_, py::handle k_, py::handle v_,
+                                py::handle out_, py::handle logsumexp_, double scale, py::handle grad_q_,
+                                py::handle grad_k_, py::handle grad_v_) {
+  const TensorArgument grad_out("grad_out", grad_out_), q("q", q_), k("k", k_), v("v", v_), out("out", out_);
+  const TensorArgument logsumexp("logsumexp", logsumexp_);
+  const TensorArgument grad_q("grad_q", grad_q_), grad_k("grad_k", grad_k_), grad_v("grad_v", grad_v_);
+  check_attention(q, {&grad_out, &k, &v, &out, &grad_q, &grad_k, &grad_v}, logsumexp);
+  py::gil_scoped_release released;
+  kernels().softmax_attention_backward(grad_out, q, k, v, out, logsumexp, scale, grad_q, grad_k, grad_v);
 }
 
 void class_attention_scores_forward(py::handle q_, py::handle k_, double scale, py::handle scores_,
@@ -246,6 +268,7 @@ void restore_tokens_backward(py::handle grad_x_, py::handle index_, int64_t num_
 
 void bind(py::module_& module) {
   module.def("softmax_attention_forward", &softmax_attention_forward);
+  module.def("softmax_attention_backward", &softmax_attention_backward);
   module.def("class_attention_scores_forward", &class_attention_scores_forward);
   module.def("class_attention_scores_backward", &class_attention_scores_backward);
   module.def("reorganize_tokens_forward", &reorganize_tokens_forward);

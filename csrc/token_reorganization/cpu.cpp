@@ -509,6 +509,7 @@ WrongPlace reorganize_backward_by_scores(const TensorView& grad_tokens, const Te
 
 const CpuKernels kernels = {
     attention_forward,
+    attention_backward,
     [](const TensorView& q, const TensorView& k, double scale, const TensorView& scores,
        const TensorView& probabilities) {
       VIOPS_FOR_DTYPE(q, scores_forward, q, k, scale, scores, probabilities)

@@ -23,6 +23,13 @@ struct CpuKernels {
   void (*softmax_attention_forward)(const TensorView& q, const TensorView& k, const TensorView& v,
                                     double scale, const TensorView& out, const TensorView& logsumexp);
 
+  // grad_out and the forward's q, k, v, out [B, H, N, D] and logsumexp [B, H, N] contiguous, all float32 ->
+  // grad_q, grad_k, grad_v [B, H, N, D], any strides.
+  void (*softmax_attention_backward)(const TensorView& grad_out, const TensorView& q, const TensorView& k,
+                                     const TensorView& v, const TensorView& out, const TensorView& logsumexp,
+                                     double scale, const TensorView& grad_q, const TensorView& grad_k,
+                                     const TensorView& grad_v);
+
   // q, k [B, H, N, D] -> probabilities [B, H, N] = softmax over N of scale * <q[b, h, 0], k[b, h, n]>,
   // float64 where q is, else float32;
   // scores [B, P] float32 = mean over heads of the last P columns.  H, D and N at least 1.

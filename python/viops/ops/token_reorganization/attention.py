@@ -179,7 +179,7 @@ def _native_attention_forward(
     return out, logsumexp
 
 
-def _torch_attention_backward(
+def _native_attention_backward(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -188,13 +188,9 @@ def _torch_attention_backward(
     logsumexp: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # it reads the last axis as if it were contiguous
-    grad_out, q, k, v, out = (
-        t if t.stride(-1) == 1 else t.contiguous() for t in (grad_out, q, k, v, out)
-    )
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, q, k, v, out, logsumexp, 0.0, False, attn_mask=None, scale=scale
-    )
+    grads = _attention_backward_fake(grad_out, q, k, v, out, logsumexp, scale)
+    native.require().softmax_attention_backward(grad_out, q, k, v, out, logsumexp, scale, *grads)
+    return grads
 
 
 def _refuses_attention(device_type: str, dtype: torch.dtype) -> str | None:
@@ -215,7 +211,7 @@ dispatch.register(
 dispatch.register(
     "softmax_attention",
     "cpu",
-    Kernels(_native_attention_forward, _torch_attention_backward, _refuses_attention),
+    Kernels(_native_attention_forward, _native_attention_backward, _refuses_attention),
 )
 
 
@@ -309,8 +305,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = 
     """Softmax attention, by the faster of a kernel of ours and torch's.
 
     The kernel runs on float32 tensors on the CPU whose v is as wide as k, at CPU level v4, and at
-    v3 up to 1,024 tokens; else torch's scaled_dot_product_attention does.  Backward is torch's
-    either way.  Neither stores the attention matrix.
+    v3 up to 1,024 tokens, and its own backward with it; else torch's scaled_dot_product_attention
+    runs.  Neither stores the attention matrix.
 
     Args:
         q: [B, H, N, D], float32, float64, bfloat16 or float16, any strides; the view that a fused
