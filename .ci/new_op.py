@@ -37,6 +37,7 @@ CATALOG_ROW = """\
         lacks={
             "cuda": "not written yet",
             "triton": "not written yet",
+            "torch": "torch has no such op",
         },
     ),
 """

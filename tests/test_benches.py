@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -264,11 +266,20 @@ def test_bench_command_succeeds_with_missed_bars_and_fails_with_errors(folder: P
         (("--op", "no_such_op"), "--op: 'no_such_op' has no bench; there are: token_reorg"),
         (("--base", "main", "--check"), "--check: is of no use with --base"),
         (("--threads", "0"), "--threads: expected at least 1, got 0"),
+        (("--plot", "ratios.xyz"), "--plot ratios.xyz: expected a name that ends with one of"),
+        (("--plot", f"{__file__}/ratios.png"), "give a file to write to"),
+        (("--json", f"{__file__}/results.json"), "give a file to write to"),
+        (("--device", "cuda"), "--device cuda: torch sees no CUDA device"),
+        (("--device", "no such"), "--device: expected cpu or cuda, got 'no such'"),
+        (("--device", "meta"), "--device: expected cpu or cuda, got 'meta'"),
     ],
 )
-def test_bench_command_names_a_bad_option(words, message, run_bench):
-    status, _, err = run_bench("--benches", str(BENCHES), *words)
+def test_bench_command_names_a_bad_option(words, message, run_bench, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, out, err = run_bench("--benches", str(BENCHES), *words)
     assert status == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
     assert message in err
 
 
@@ -282,8 +293,68 @@ def test_base_must_be_a_commit(folder: Path, run_bench):
     status, _, err = run_bench("--benches", str(folder), "--base", "HEAD")
     assert status == 2
     assert "--base needs a git checkout" in err
-    for words in (["init", "-q"], ["add", "."]):
-        subprocess.run(["git", *words], cwd=folder, check=True)
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    status, _, err = run_bench("--benches", str(folder), "--base", "HEAD")
+    assert status == 2
+    assert "--base needs a checkout of viops" in err
+    for part in ("python/viops", "csrc"):
+        (folder / part).mkdir(parents=True)
     status, _, err = run_bench("--benches", str(folder), "--base", "no-such-revision")
     assert status == 2
     assert "--base: 'no-such-revision' is not a commit of" in err
+
+
+@pytest.fixture
+def checkout(folder: Path) -> Path:
+    """A git repository that looks like a checkout; its build writes `started` and then hangs."""
+    for part in ("python/viops", "csrc"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "file").touch()
+    (folder / "setup.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(folder / 'started')!r}).touch()\ntime.sleep(60)\n"
+    )
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e@example.org"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], cwd=folder, check=True)
+    return folder
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_interrupted_base_leaves_nothing_behind(checkout: Path, number, status):
+    temporary = checkout / "temporary"
+    temporary.mkdir()
+    words = ["bench", "--benches", str(checkout), "--base", "HEAD"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "viops", *words],
+        env=os.environ | {"TMPDIR": str(temporary)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (checkout / "started").exists() and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.05)
+        (source,) = temporary.glob("*/source")
+        assert (source / "csrc/file").is_file(), "the commit's files are there"
+        process.send_signal(number)
+        assert process.wait(timeout=30) == status
+    finally:
+        process.kill()
+    assert not list(temporary.glob("*/source"))
+    assert not (checkout / ".git/worktrees").exists()
+
+
+def test_short_rounds_are_repeated_more_often():
+    harness = make_harness(min_rounds=3)
+    assert harness._num_rounds(0.19) == 9
+    assert harness._num_rounds(0.21) == 3
+    assert make_harness(min_rounds=12)._num_rounds(0.19) == 12
+
+
+def test_faster_than_the_floor_is_remarked():
+    floor = {"bytes": 10**6, "bytes_per_second": 1e9}
+    remark = "viops is faster than the floor: the machine was disturbed, or caches held the data"
+    for ratio, remarked in ((0.9, False), (1.1, True)):
+        lines = harness_module._floor_lines({"floor": floor, "ratios": {"floor": ratio}})
+        assert (remark in lines) == remarked

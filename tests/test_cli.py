@@ -94,6 +94,85 @@ def test_doctor_without_the_extension():
     assert "reference  ok" in done.stdout
 
 
+def run_with(variables, *words):
+    """`python -m viops` itself, under environment variables."""
+    return subprocess.run(
+        [sys.executable, "-m", "viops", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def fake_extension(source):
+    """Python source after which viops._C is a module with this content."""
+    return f"""
+import importlib.abc, importlib.util, sys
+class Fake(importlib.abc.Loader):
+    def find_spec(name, path=None, target=None):
+        if name == "viops._C":
+            return importlib.util.spec_from_loader(name, Fake())
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        exec({source!r}, module.__dict__)
+sys.meta_path.insert(0, Fake)
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("", "it is from another version of viops, without build_info, cpu_level"),
+        ("raise RuntimeError('no such device')", "cannot be loaded: no such device"),
+        ("raise AttributeError", "cannot be loaded: AttributeError"),
+    ],
+)
+def test_broken_extension_is_a_finding(source, reason):
+    done = run_viops("info", before=fake_extension(source))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert reason in done.stdout
+    done = run_viops("doctor", before=fake_extension(source))
+    assert (done.returncode, done.stderr) == (1, "")
+    assert reason in done.stdout
+    assert "pip install --force-reinstall" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["info", "doctor"])
+def test_unknown_backend_in_the_environment(command):
+    done = run_with({"VIOPS_BACKEND": "bad"}, command)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"viops {command}: VIOPS_BACKEND: 'bad' is not a backend")
+
+
+def test_info_shows_the_environment():
+    told = {"VIOPS_BACKEND": "reference", "VIOPS_STRICT": "1", "VIOPS_CPU_LEVEL": "v2"}
+    done = run_with(told, "info")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    for name, value in told.items():
+        assert [name, value] in rows
+    unset = dict.fromkeys(told, "")
+    assert run_with(unset, "info").stdout.count("not set: ") == len(told)
+
+
+def test_doctor_finds_a_forced_backend_that_is_not_there():
+    done = run_with({"VIOPS_BACKEND": "cuda"}, "doctor")
+    assert done.returncode == 1, done.stderr
+    assert "VIOPS_BACKEND=cuda makes every call of" in done.stdout
+    assert "unset VIOPS_BACKEND" in done.stdout
+    assert "Nothing is wrong" not in done.stdout
+
+
+def test_doctor_with_a_cpu_level_that_is_none():
+    done = run_with({"VIOPS_CPU_LEVEL": "v9"}, "doctor")
+    assert done.returncode == 1, done.stderr
+    assert "unset VIOPS_CPU_LEVEL, which is 'v9'" in done.stdout
+    assert "pip install" not in done.stdout
+
+
 def replace_kernel(monkeypatch, op, **functions):
     """Puts other functions into the CPU backend of an op."""
     kernels = dispatch._kernels[op]
@@ -173,7 +252,8 @@ def test_demo_without_an_optional_package():
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "'sklearn'" in done.stderr
-    assert "pip install 'viops[demo]'" in done.stderr
+    assert "in a checkout, pip install '.[demo]'" in done.stderr
+    assert "timm requires torchvision" in done.stderr
 
 
 def test_demo_runs_the_bench_of_its_op(monkeypatch):
@@ -195,6 +275,8 @@ def test_short_demo(tmp_path):
     for model in ("ViT as trained", "patched, viops", "patched, plain PyTorch", "DeiT-S patched"):
         assert model in done.stdout
     assert "Backend of the ops: cpu." in done.stdout
+    assert "an initialisation in which its class token looks for ink" in done.stdout
+    assert "one more epoch, of fine-tuning" in done.stdout
     assert "training: 100%" in done.stderr, "there is a progress bar"
     for name in ("digits.png", "photographs.png"):
         with PIL.Image.open(out / name) as image:

@@ -1,5 +1,8 @@
 """Patched models under torch.compile, export, autocast, checkpointing and DDP."""
 
+from pathlib import Path
+
+import conftest  # noqa: F401  spawned ranks import this file without pytest
 import pytest
 import torch
 import viops
@@ -135,7 +138,7 @@ def test_checkpointing_runs_blocks_again_in_backward():
     assert len(calls) == 2
 
 
-def test_distributed_data_parallel():
+def test_distributed_data_parallel_on_one_process():
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -150,3 +153,44 @@ def test_distributed_data_parallel():
                 torch.testing.assert_close(got, grad, rtol=1e-5, atol=1e-6)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _train_rank(rank: int, world_size: int, store: str, folder: str) -> None:
+    """One rank's step of DDP on its share of the batch; saves logits and gradients."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        store=torch.distributed.FileStore(store, world_size),
+        rank=rank,
+        world_size=world_size,
+    )
+    try:
+        model = viops.patch.evit(make_model(), 0.7, LAYERS)
+        if rank > 0:  # DDP is to bring rank 0's weights here
+            with torch.no_grad():
+                model.head.weight.zero_()
+        parallel = DistributedDataParallel(model)
+        images = make_images(2 * world_size).chunk(world_size)[rank]
+        logits = parallel(images)
+        saved = {"gradients": gradients(parallel, logits), "logits": logits.detach()}
+        torch.save(saved, f"{folder}/rank{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel_on_two_processes(tmp_path: Path):
+    world_size = 2
+    torch.multiprocessing.spawn(
+        _train_rank, (world_size, str(tmp_path / "store"), str(tmp_path)), nprocs=world_size
+    )
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(world_size)]
+    for first, second in zip(*(rank["gradients"] for rank in ranks), strict=True):
+        assert torch.equal(first, second)
+
+    model = viops.patch.evit(make_model(), 0.7, LAYERS)
+    logits = model(make_images(2 * world_size))
+    expected = gradients(model, logits)
+    torch.testing.assert_close(torch.cat([rank["logits"] for rank in ranks]), logits, **TOLERANCE)
+    for got, grad in zip(ranks[0]["gradients"], expected, strict=True):
+        # DDP averages over ranks what one process sums over the batch
+        torch.testing.assert_close(got * world_size, grad, rtol=1e-4, atol=1e-5)

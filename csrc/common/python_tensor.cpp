@@ -8,29 +8,34 @@
 namespace viops {
 namespace {
 
-// The exchange API of a Python type, or null.  The pair below is the last type asked for: nearly
-// always torch.Tensor.  The GIL, or the lock of a build without one, guards it.
-const DLPackExchangeAPI* exchange_api_of(py::handle object) {
-  static PyTypeObject* last_type = nullptr;
-  static const DLPackExchangeAPI* last_api = nullptr;
-  PyTypeObject* type = Py_TYPE(object.ptr());
-  if (type == last_type) return last_api;
-  const DLPackExchangeAPI* api = nullptr;
+// The exchange API that a type offers, or null.
+const DLPackExchangeAPI* look_up_exchange_api(PyTypeObject* type) {
   const py::handle type_object(reinterpret_cast<PyObject*>(type));
   const py::object capsule = py::getattr(type_object, "__dlpack_c_exchange_api__", py::none());
-  if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
-    auto* header = static_cast<const DLPackExchangeAPIHeader*>(
-        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    while (header && header->version.major > DLPACK_MAJOR_VERSION) header = header->prev_api;
-    if (header && header->version.major == DLPACK_MAJOR_VERSION) {
-      api = reinterpret_cast<const DLPackExchangeAPI*>(header);
-    }
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  auto* header =
+      static_cast<const DLPackExchangeAPIHeader*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  while (header && header->version.major > DLPACK_MAJOR_VERSION) header = header->prev_api;
+  if (!header || header->version.major != DLPACK_MAJOR_VERSION) return nullptr;
+  const auto* api = reinterpret_cast<const DLPackExchangeAPI*>(header);
+  return api->dltensor_from_py_object_no_sync ? api : nullptr;
+}
+
+// The same, remembered for the first few types that have one: torch.Tensor, Parameter.  The GIL guards it.
+const DLPackExchangeAPI* exchange_api_of(py::handle object) {
+  constexpr int kRemembered = 4;
+  static PyTypeObject* types[kRemembered];
+  static const DLPackExchangeAPI* apis[kRemembered];
+  static int count = 0;
+  PyTypeObject* type = Py_TYPE(object.ptr());
+  for (int i = 0; i < count; ++i) {
+    if (types[i] == type) return apis[i];
   }
-  if (api && !api->dltensor_from_py_object_no_sync) api = nullptr;
-  if (api) {  // a type kept for good, so that its address cannot come to mean another type
-    Py_INCREF(type);
-    last_type = type;
-    last_api = api;
+  const DLPackExchangeAPI* api = look_up_exchange_api(type);
+  if (api && count < kRemembered) {
+    Py_INCREF(type);  // kept for good, so that its address cannot come to mean another type
+    types[count] = type;
+    apis[count++] = api;
   }
   return api;
 }
@@ -67,6 +72,11 @@ void fill(TensorView& view, const DLTensor& tensor) {
   for (int axis = tensor.ndim - 1; axis >= 0; --axis) {
     view.stride[axis] = tensor.strides ? tensor.strides[axis] : compact;
     compact *= view.shape[axis];
+  }
+  int64_t size = 1;
+  for (int axis = 0; axis < view.rank; ++axis) size *= view.shape[axis];
+  if (!tensor.data && size > 0) {
+    throw TypeMismatch(std::string(view.name) + ": expected a tensor that has memory, got one without");
   }
   view.dtype = dtype_of(tensor.dtype);
   view.device = device_of(tensor.device);

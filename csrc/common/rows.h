@@ -49,6 +49,7 @@ struct Pieces {
   // Calls work(b, piece, memory), memory being the calling thread's own scratch_bytes.
   template <class Work>
   void for_each(int64_t scratch_bytes, const Work& work) const {
+    if (batch * per_image == 0) return;
     const Scratch memory(threads * scratch_bytes);
     parallel_for(batch * per_image, threads, [&](int part, int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {

@@ -74,10 +74,12 @@ VIOPS_INLINE Bits float_bits_to_bfloat16(Bits bits) {
 template <class Bits, class Float>
 VIOPS_INLINE Float float16_bits_to_float(Bits half) {
   const Bits magnitude = half & 0x7fffu;
-  // a float of the same exponent field, brought to its value by 2^112: right for subnormals too
-  const Float scaled = bit_cast<Float>(magnitude << 13) * 0x1p112f;
-  const Bits finite = bit_cast<Bits>(scaled);
+  const Bits normal = (magnitude << 13) + 0x38000000u;
   const Bits special = (magnitude << 13) | 0x7f800000u;
+  // magnitude * 2^-24 by way of the mantissa of 2^23, so that no float is subnormal: those may be flushed
+  const Bits counted = magnitude | 0x4b000000u;
+  const Bits subnormal = bit_cast<Bits>((bit_cast<Float>(counted) - 0x1p23f) * 0x1p-24f);
+  const Bits finite = magnitude < 0x400u ? subnormal : normal;
   return bit_cast<Float>((magnitude > 0x7bffu ? special : finite) | ((half & 0x8000u) << 16));
 }
 

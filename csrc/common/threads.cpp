@@ -19,18 +19,32 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 using GetInt = int (*)();
 
 bool forked = false;
+// registered when the extension is loaded, so that no fork comes before it
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+// libtorch_cpu, if the process has loaded it: what it links is the runtime that torch runs.
+void* torch_library() {
+#if defined(__APPLE__)
+  return dlopen("@rpath/libtorch_cpu.dylib", RTLD_NOW | RTLD_NOLOAD);
+#else
+  return dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
+#endif
+}
 
 struct Runtime {
   GompParallel parallel = nullptr;
-  GetInt max_threads = nullptr;
+  GetInt max_threads = nullptr;  // torch's own count: it also holds in threads that torch has not met
   GetInt thread_num = nullptr;
   GetInt num_threads = nullptr;
   GetInt in_parallel = nullptr;
   std::string path = "none";
 
   Runtime() {
-    pthread_atfork(nullptr, nullptr, [] { forked = true; });
-    if (!bind(RTLD_DEFAULT)) bind(dlopen(loaded_library().c_str(), RTLD_NOW | RTLD_NOLOAD));
+    void* torch = torch_library();
+    if (!bind(torch) && !bind(RTLD_DEFAULT)) bind(dlopen(loaded_library().c_str(), RTLD_NOW | RTLD_NOLOAD));
+    if (!torch || !parallel) return;
+    if (void* count = dlsym(torch, "_ZN2at15get_num_threadsEv"))
+      max_threads = reinterpret_cast<GetInt>(count);
   }
 
  private:
@@ -94,7 +108,7 @@ void run_part(void* argument) {
 }  // namespace
 
 int max_threads() {
-  if (!runtime().parallel || forked || runtime().in_parallel()) return 1;
+  if (forked || !runtime().parallel || runtime().in_parallel()) return 1;
   return std::max(1, runtime().max_threads());
 }
 

@@ -72,14 +72,14 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, Factors a, const flo
   }
 }
 
-// 2^x for x <= 0 (or just above it) to 2e-7 relative; below -126 it is 2^-126, and NaN stays NaN.  The
-// polynomial is the Taylor series of 2^f, f in
-// [-1/2, 1/2], to its seventh term.
+// 2^x for x <= 0 (or just above it) to 2e-7 relative; below -126 it is 0, and NaN stays NaN.  The polynomial
+// is the Taylor series of 2^f, f in [-1/2, 1/2], to its seventh term.
 VIOPS_INLINE Vector<float> exp2_of_nonpositive(Vector<float> x) {
   using Bits = MaskVector<float>;
   const Vector<float> lowest = Vector<float>{} - 126.0f;
   const Vector<float> to_integer = Vector<float>{} + 0x1.8p23f;  // adding it rounds to an integer
-  x = x < lowest ? lowest : x;
+  const Bits vanishes = x < lowest;
+  x = vanishes ? lowest : x;
   const Vector<float> shifted = x + to_integer;
   const Vector<float> f = x - (shifted - to_integer);
   Vector<float> power = Vector<float>{} + 1.5403530e-4f;
@@ -89,7 +89,8 @@ VIOPS_INLINE Vector<float> exp2_of_nonpositive(Vector<float> x) {
   power = power * f + 2.4022651e-1f;
   power = power * f + 6.9314718e-1f;
   power = power * f + 1.0f;
-  return power * bit_cast<Vector<float>>((bit_cast<Bits>(shifted) << 23) + (127 << 23));
+  power *= bit_cast<Vector<float>>((bit_cast<Bits>(shifted) << 23) + (127 << 23));
+  return vanishes ? Vector<float>{} : power;
 }
 
 }  // namespace

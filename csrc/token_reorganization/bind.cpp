@@ -217,6 +217,7 @@ void reorganize_tokens_backward(py::handle grad_tokens_, py::handle x_, py::hand
     view->check_same_dtype(grad_tokens);
     check_tokens(grad_tokens, batch, num_prefix, keep, channels);
   }
+  if (x.view && grad_x.view) x.view->check_shape({batch, grad_x.view->shape[1], channels}, "B, N, C");
   if (grad_x.view) grad_x.view->check_contiguous();
   if (grad_scores.view) {
     grad_scores.view->check_on_cpu();

@@ -69,7 +69,7 @@ struct RowWriter {
     const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
     if (stream) {
       stream_copy(to, from, bytes);
-    } else {
+    } else if (bytes > 0) {
       std::memcpy(to, from, static_cast<size_t>(bytes));
     }
   }

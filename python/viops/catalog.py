@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Every backend, in the order in which a call prefers them on a device that several can serve.
-BACKENDS = ("cpu", "cuda", "triton", "reference")
+#: Every backend, in the order in which a call prefers them on a device that several can serve;
+#: "torch" is an op of torch's own.
+BACKENDS = ("cpu", "cuda", "triton", "torch", "reference")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ FAMILIES = (
         lacks={
             "cuda": "not written yet",
             "triton": "not written yet",
+            "torch": "torch has no such op, but for softmax_attention",
         },
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,8 +21,7 @@ def check_float_tensor(name: str, value: object, axes: str) -> None:
         raise ValueError(f"{name}: expected [{axes}], got shape {list(value.shape)}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected {_FLOATS}, got {value.dtype}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a strided tensor, got {value.layout}")
+    _check_strided(name, value)
 
 
 def check_index_tensor(name: str, value: object, axes: str) -> None:
@@ -32,11 +32,27 @@ def check_index_tensor(name: str, value: object, axes: str) -> None:
         raise ValueError(f"{name}: expected [{axes}], got shape {list(value.shape)}")
     if value.dtype is not torch.int64:
         raise TypeError(f"{name}: expected int64, got {value.dtype}")
+    _check_strided(name, value)
+
+
+def _check_strided(name: str, value: Tensor) -> None:
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested one" if value.is_nested else value.layout
+        raise TypeError(f"{name}: expected a strided tensor, got {kind}")
+
+
+def check_scale(name: str, value: object) -> float:
+    """A real number; a tensor would lose its gradient."""
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number or None, got {type(value).__name__}")
+    return float(value)
 
 
 def check_int(name: str, value: Any, low: int, high: int | None, meaning: str) -> int:
     """An integer within [low, high]; `meaning` says what the upper bound is."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got bool")
+    if not isinstance(value, (int, torch.SymInt)):
         try:
             value = operator.index(value)
         except TypeError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,10 +53,15 @@ def _check_backend(name: str, source: str) -> str:
 
 def _from_environment() -> str | None:
     name = os.environ.get("VIOPS_BACKEND", "")
+    if name not in catalog.BACKENDS and sys.argv[:1] == ["-m"]:
+        return None  # `python -m viops` is being located; its command line says it in one line
     return _check_backend(name, "VIOPS_BACKEND") if name else None
 
 
-_forced = _from_environment()
+_forced_by_environment = _from_environment()
+_forced = _forced_by_environment
+_forced_stack: list[list[str]] = []
+_forced_lock = threading.Lock()
 
 
 def register(op: str, backend: str, kernels: Kernels) -> None:
@@ -89,12 +95,16 @@ def use_backend(name: str) -> Iterator[None]:
     calling the registered op, which honours it too.
     """
     global _forced
-    previous = _forced
-    _forced = _check_backend(name, "name")
+    entry = [_check_backend(name, "name")]
+    with _forced_lock:
+        _forced_stack.append(entry)
+        _forced = name
     try:
         yield
     finally:
-        _forced = previous
+        with _forced_lock:  # blocks of several threads may end in any order
+            _forced_stack[:] = [other for other in _forced_stack if other is not entry]
+            _forced = _forced_stack[-1][0] if _forced_stack else _forced_by_environment
 
 
 def strict() -> bool:
@@ -134,14 +144,15 @@ def _choose(
         reason = refusal(op, backend, device_type, dtype)
         if reason is None:
             if backend == "reference":
-                _report_fallback(op, reasons)
+                report_fallback(op, "the reference", reasons)
             return backend, _kernels[op][backend]
         reasons.append(f"{backend}: {reason}")
     raise BackendError(f"{op}: no backend can run this call; {'; '.join(reasons)}")
 
 
-def _report_fallback(op: str, reasons: list[str]) -> None:
-    text = f"{op} runs on the reference, without a kernel of its own: {'; '.join(reasons)}"
+def report_fallback(op: str, stand_in: str, reasons: list[str]) -> None:
+    """Warns, once, that no kernel of ours runs this op; an error where VIOPS_STRICT is set."""
+    text = f"{op} runs on {stand_in}, without a kernel of its own: {'; '.join(reasons)}"
     if strict():
         raise BackendError(f"{text} (VIOPS_STRICT is set)")
     if (op, text) not in _warned:
@@ -166,31 +177,45 @@ class Explanation(NamedTuple):
     backend: str | None
     #: For each backend that does not run the call: why.
     reasons: dict[str, str]
+    #: The same for the other ops that the function calls.
+    others: tuple[Explanation, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.backend or 'no backend'} runs this call"]
         lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
-        return "\n".join(lines)
+        return "\n".join((*lines, *map(str, self.others)))
+
+
+#: Ops whose choice depends on more than device and dtype: called with a backend and the call's
+#: tensors, each gives the reason why that backend does not run the call, or None.
+call_refusals: dict[str, Callable[..., str | None]] = {}
+
+#: Public functions that are made of several ops.
+PARTS = {"class_attention": ("class_attention_scores", "softmax_attention")}
 
 
 def explain(op: str, *args: object) -> Explanation:
     """Says which backend runs a call of the op with these arguments, and why the others do not.
 
-    `op` is the name of a public function, `args` its arguments; the first tensor among them
-    decides.  Nothing is run.
+    `op` is the name of a public function, `args` its arguments; the tensors among them decide.
+    Nothing is run.
 
     >>> print(viops.explain("reorganize_tokens", x, scores, 137))
     """
-    op = {"class_attention": "class_attention_scores"}.get(op, op)
+    if op in PARTS:
+        first, *others = (explain(part, *args) for part in PARTS[op])
+        return first._replace(others=tuple(others))
     catalog.family_of(op)
-    tensor = next((a for a in args if isinstance(a, Tensor)), None)
-    if tensor is None:
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    if not tensors:
         raise TypeError("args: there is no tensor among them; accepted are the op's own arguments")
-    device_type, dtype = tensor.device.type, tensor.dtype
     chosen = None
     reasons: dict[str, str] = {}
     for backend in catalog.BACKENDS:
-        reason = refusal(op, backend, device_type, dtype)
+        if op in call_refusals:
+            reason = call_refusals[op](backend, *tensors)
+        else:
+            reason = refusal(op, backend, tensors[0].device.type, tensors[0].dtype)
         if reason is None and _forced not in (None, backend):
             reason = f"backend {_forced!r} is forced"
         if reason is None and chosen is not None:
@@ -208,6 +233,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _jit_tracing = torch._C._get_tracing_state
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _forward_ad = torch.autograd.forward_ad
 
 
@@ -223,14 +249,41 @@ def is_plain_eager(*tensors: Tensor) -> bool:
     ):
         return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES or tensor.is_neg() or tensor.is_meta:
+        if (
+            type(tensor) not in _PLAIN_TYPES
+            or tensor.is_neg()
+            or tensor.is_meta
+            or tensor._is_zerotensor()
+            or _is_legacy_batched(tensor)
+        ):
             return False
     return True
+
+
+def forced_backend() -> str | None:
+    """The backend that use_backend or VIOPS_BACKEND asks for."""
+    return _forced
 
 
 def is_reference_forced() -> bool:
     """Whether use_backend("reference") holds: public functions are then all plain PyTorch."""
     return _forced == "reference"
+
+
+def _refuse_tangents(op: str, args: tuple) -> None:
+    """Raises where a tensor carries a forward-mode tangent, which the kernels would drop."""
+    for arg in args:
+        if not isinstance(arg, Tensor):
+            continue
+        try:
+            has_tangent = _forward_ad.unpack_dual(arg).tangent is not None
+        except RuntimeError:  # a fake tensor that torch.compile traces inside jvp
+            has_tangent = True
+        if has_tangent:
+            raise NotImplementedError(
+                f"{op}: the kernels have no forward-mode derivative; "
+                'viops.use_backend("reference") has'
+            )
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
@@ -277,8 +330,14 @@ class Op:
                 `backward` calls `run_backward`.
         """
         self.name = name
+
+        def checked_fake(*args: Any) -> Any:
+            if _forward_ad._current_level >= 0:
+                _refuse_tangents(name, args)
+            return fake(*args)
+
         for op, full_schema, kernel, op_fake in (
-            (name, schema, self._forward, fake),
+            (name, schema, self._forward, checked_fake),
             (f"{name}_backward", backward_schema, self._backward, backward_fake),
         ):
             library.define(op + full_schema)
@@ -336,6 +395,8 @@ class Op:
         return self._registered(*args)
 
     def _forward(self, *args: Any) -> Any:
+        if _forward_ad._current_level >= 0:
+            _refuse_tangents(self.name, args)
         first = args[0]
         _, kernels = choose(self.name, first.device.type, first.dtype)
         return kernels.forward(*args)

@@ -14,7 +14,7 @@ import viops
 from contract import BACKENDS, DTYPES, Backend, case_id
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from viops.cases import Draw
+from viops.cases import Case, Draw
 from viops.ops.token_reorganization import cases, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*taken away by the test:RuntimeWarning")
@@ -46,6 +46,22 @@ def test_softmax_attention_of_large_logits(backend: Backend, draw: Draw, magnitu
         out = viops.softmax_attention(q, k, v, scale=0.25)
     expected = reference.softmax_attention(q.double(), k.double(), v.double(), scale=0.25)
     assert (out.double() - expected).norm() <= 2e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("case", cases.SOFTMAX_CASES, ids=case_id)
+def test_the_softmax_kernel_at_every_level(backend: Backend, case: Case) -> None:
+    """Also where torch's op is the usual choice: forced, forward and backward."""
+    args, kwargs = case.inputs(torch.float32)
+    if backend.backend != "cpu" or args[2].shape != args[0].shape:
+        pytest.skip("the kernel alone is tested, which needs v of q's shape")
+    with viops.use_backend("cpu"):
+        result = contract.run(viops.softmax_attention, args, kwargs)
+    doubles = tuple(arg.double() for arg in args)
+    truth = contract.run(reference.softmax_attention, doubles, kwargs)
+    pairs = list(zip(result.outputs, truth.outputs, strict=True))
+    pairs += [(result.grads[i], truth.grads[i]) for i in range(3)]
+    for got, expected in pairs:
+        assert (got.double() - expected).norm() <= 2e-6 * expected.norm() + 1e-12
 
 
 def test_softmax_attention_of_one_token_is_its_value(backend: Backend, draw: Draw) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from .backends import check_forced
 from .console import INSTALL_DEMO, UserError
 
 _COMMANDS = {
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
     try:
+        check_forced()
         return args.run(args)
     except UserError as error:
         print(f"viops {args.command}: {error}", file=sys.stderr)

@@ -11,22 +11,30 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import viops
 
 from .console import UserError, print_heading, print_table
 
-_INSTALL_BENCH = "pip install 'viops[bench]' installs what is missing"
+_INSTALL_BENCH = (
+    "in a checkout, pip install '.[bench]' installs what is missing; timm requires torchvision: "
+    "choose the one that fits the torch that is there"
+)
 
 #: Seconds and least number of rounds of each bench.
 _FULL = ("3", "7")
-_QUICK = ("0.4", "3")
+_QUICK = ("0.4", "3")  # of a short round the harness makes more
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,11 +94,55 @@ def _require(*modules: str) -> None:
 def _check_arguments(args: argparse.Namespace) -> None:
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads: expected at least 1, got {args.threads}")
-    if args.base is None:
-        return
-    for option in ("plot", "json", "check"):
-        if getattr(args, option):
-            raise UserError(f"--{option}: is of no use with --base, which prints two times a bench")
+    _check_device(args.device)
+    if args.base is not None:
+        for option in ("plot", "json", "check"):
+            if getattr(args, option):
+                raise UserError(
+                    f"--{option}: is of no use with --base, which prints two times a bench"
+                )
+    if args.plot is not None:
+        _check_plot(args.plot)
+    if args.json is not None and args.json.name:
+        _check_writable("--json", args.json)
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: expected cpu or cuda, got {name!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: torch sees no CUDA device")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
+
+
+def _check_plot(path: Path) -> None:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.lower().removeprefix(".") not in formats:
+        raise UserError(
+            f"--plot {path}: expected a name that ends with one of {', '.join(formats)}"
+        )
+    _check_writable("--plot", path)
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """Makes the file's folder and opens it, and leaves neither a new file nor a changed one."""
+    there = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{option} {path}: {error.strerror}; give a file to write to") from error
 
 
 def _find_benches(given: Path | None) -> Path:
@@ -204,19 +256,43 @@ def _plot(report: dict[str, Any], path: Path) -> None:
 def _compare_with_base(args: argparse.Namespace, folder: Path, files: Sequence[Path]) -> int:
     """Builds commit and working tree alike, and runs the present benches on both in turn."""
     root = Path(_git(folder, "rev-parse", "--show-toplevel", what="--base needs a git checkout"))
+    if not all((root / part).is_dir() for part in ("python/viops", "csrc")):
+        raise UserError(f"--base needs a checkout of viops; {root} lacks python/viops or csrc")
     what = f"--base: {args.base!r} is not a commit of {root}"
     commit = _git(root, "rev-parse", "--verify", "--quiet", f"{args.base}^{{commit}}", what=what)
-    with tempfile.TemporaryDirectory() as temporary:
+    with _ending_on_sigterm(), tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "source"
-        _git(root, "worktree", "add", "--detach", str(source), commit, what="git worktree failed")
-        try:
-            environments = {}
-            for side, tree in (("base", source), ("new", root)):
-                print(f"building {side}: {args.base if side == 'base' else root}", flush=True)
-                environments[side] = _build(tree, Path(temporary) / side)
-            return _alternate(args, folder, files, environments)
-        finally:
-            _git(root, "worktree", "remove", "--force", str(source), what="git worktree failed")
+        _extract(root, commit, source)
+        environments = {}
+        for side, tree in (("base", source), ("new", root)):
+            print(f"building {side}: {args.base if side == 'base' else root}", flush=True)
+            environments[side] = _build(tree, Path(temporary) / side)
+        return _alternate(args, folder, files, environments)
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM unwinds the stack, so that temporary folders are removed."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _extract(root: Path, commit: str, target: Path) -> None:
+    """The commit's files, by way of an archive: nothing is registered in the repository."""
+    archive = target.with_suffix(".tar")
+    _git(root, "archive", f"--output={archive}", commit, what="git archive failed")
+    with tarfile.open(archive) as files:
+        if hasattr(tarfile, "data_filter"):  # early patch releases of Python 3.10 lack it
+            files.extractall(target, filter="data")
+        else:
+            files.extractall(target)
 
 
 def _git(folder: Path, *words: str, what: str) -> str:
@@ -236,9 +312,9 @@ def _build(tree: Path, target: Path) -> dict[str, str]:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--no-build-isolation", "--target", str(target)]
     command += ["--config-settings", f"build-dir={target}-build", str(tree)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        raise UserError(f"cannot build {tree}:\n{(done.stdout + done.stderr)[-3000:]}")
+    status, told = _run_with_children(command)
+    if status:
+        raise UserError(f"cannot build {tree}:\n{told[-3000:]}")
     environment = os.environ | {"PYTHONPATH": str(target)}
     script = "import viops; print(viops.__file__)"
     done = subprocess.run(
@@ -251,6 +327,27 @@ def _build(tree: Path, target: Path) -> dict[str, str]:
             f"of viops would come first): {(done.stdout + done.stderr).strip()[-1000:]}"
         )
     return environment
+
+
+def _run_with_children(command: Sequence[str]) -> tuple[int, str]:
+    """Exit status and output; an interruption ends the compilers, too, that the command started."""
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            told, _ = process.communicate()
+        except BaseException:
+            if hasattr(os, "killpg"):
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+            raise
+    return process.returncode, told
 
 
 def _alternate(

@@ -13,7 +13,10 @@ class UserError(Exception):
     """Something that the user can mend: printed as one line, without a traceback."""
 
 
-INSTALL_DEMO = "pip install 'viops[demo]' installs what is missing"
+INSTALL_DEMO = (
+    "in a checkout, pip install '.[demo]' installs what is missing; timm requires torchvision: "
+    "choose the one that fits the torch that is there"
+)
 
 
 def require(module: str) -> ModuleType:

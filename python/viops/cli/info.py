@@ -8,7 +8,7 @@ import platform
 import torch
 
 from .. import __version__, catalog, native
-from .backends import absence
+from .backends import absence, environment
 from .console import print_heading, print_table, version_of
 
 
@@ -21,6 +21,8 @@ def run(args: argparse.Namespace) -> int:
     print_table(("package", "version"), _versions())
     print_heading("Machine and extension")
     print_table(("what", "here"), _machine())
+    print_heading("Environment")
+    print_table(("variable", "value"), environment())
     print_heading("Ops and backends")
     _print_backends()
     return 0

@@ -155,7 +155,7 @@ def class_attention_scores(
     Source: EViT (Liang et al., ICLR 2022), section 3.2, equation 2.
     """
     num_prefix = _check_scores(q, k, num_prefix)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else checks.check_scale("scale", scale)
     if dispatch.is_reference_forced():
         return reference.class_attention_scores(q, k, num_prefix=num_prefix, scale=scale)
     return _class_attention_scores(q, k, num_prefix, scale)[0]
@@ -163,9 +163,11 @@ def class_attention_scores(
 
 def _autocast(x: Tensor) -> Tensor:
     """x as scaled_dot_product_attention casts it."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype is torch.float64:
+    if not torch._C._is_any_autocast_enabled() or not isinstance(x, Tensor):
         return x
     device = x.device.type
+    if not x.is_floating_point() or x.dtype is torch.float64:
+        return x
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
@@ -276,13 +278,59 @@ def _attention_backward_flops(q_shape: Size, *args: object, **kwargs: object) ->
 _MAX_TOKENS_AT_V3 = 1024
 
 
-def _is_kernel_faster(q: Tensor, v: Tensor) -> bool:
-    """Whether softmax_attention runs our kernel, or torch's scaled_dot_product_attention."""
-    if q.dtype is not torch.float32 or not q.is_cpu or v.shape != q.shape:
-        return False
+def _cpu_refusal(q: Tensor, v: Tensor) -> str | None:
+    """Why the kernel cannot run this call, or None."""
+    if native.extension is None or q.dtype is not torch.float32 or not q.is_cpu:
+        return _refuses_attention(q.device.type, q.dtype)
+    if v.shape != q.shape:
+        return f"needs v of q's shape, got {list(v.shape)} for {list(q.shape)}"
+    return None
+
+
+def _slower_reason(q: Tensor) -> str | None:
+    """Why torch's op is the better choice for a call that the kernel could run, or None."""
     if native.cpu_level == "v4":
-        return True
-    return native.cpu_level == "v3" and q.shape[2] <= _MAX_TOKENS_AT_V3
+        return None
+    if native.cpu_level == "v3" and q.shape[2] <= _MAX_TOKENS_AT_V3:
+        return None
+    return f"torch's op is faster at CPU level {native.cpu_level} on {q.shape[2]} tokens"
+
+
+def _attention_refusal(backend: str, q: Tensor, *others: Tensor) -> str | None:
+    """Why this backend does not run the call, or None: what viops.explain shows."""
+    v = others[1] if len(others) > 1 else q
+    if backend == "torch":
+        return None
+    if backend != "cpu":
+        return dispatch.refusal("softmax_attention", backend, q.device.type, q.dtype)
+    reason = _cpu_refusal(q, v)
+    if reason is None and dispatch.forced_backend() is None:
+        reason = _slower_reason(q)
+    return reason
+
+
+dispatch.call_refusals["softmax_attention"] = _attention_refusal
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax_attention of checked arguments, not on the reference."""
+    forced = dispatch.forced_backend()
+    reason = _cpu_refusal(q, v)
+    if forced is None:
+        if reason is None and _slower_reason(q) is None:
+            return _softmax_attention(q, k, v, scale)[0]
+        if native.extension is None and q.is_cpu and not torch.compiler.is_compiling():
+            stand_in = "torch's scaled_dot_product_attention"
+            dispatch.report_fallback("softmax_attention", stand_in, [f"cpu: {reason}"])
+    elif forced != "torch":
+        reason = _attention_refusal(forced, q, k, v)
+        if reason is not None:
+            raise dispatch.BackendError(
+                f"softmax_attention: backend {forced!r} was asked for, but {reason}"
+            )
+        return _softmax_attention(q, k, v, scale)[0]
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -328,13 +376,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = 
     """
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
     _check_attention(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else checks.check_scale("scale", scale)
     if dispatch.is_reference_forced():
         return reference.softmax_attention(q, k, v, scale=scale)
-    if _is_kernel_faster(q, v):
-        return _softmax_attention(q, k, v, scale)[0]
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return _attend(q, k, v, scale)
 
 
 def class_attention(
@@ -366,9 +411,10 @@ def class_attention(
     Source: EViT (Liang et al., ICLR 2022), section 3.2, equations 1 and 2.
     """
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
-    num_prefix = _check_scores(q, k, num_prefix)
     _check_attention(q, k, v)
+    num_prefix = checks.check_int("num_prefix", num_prefix, 1, q.shape[2], "the number of tokens")
+    scale = q.shape[-1] ** -0.5 if scale is None else checks.check_scale("scale", scale)
     if dispatch.is_reference_forced():
         return reference.class_attention(q, k, v, num_prefix=num_prefix, scale=scale)
-    scores = class_attention_scores(q, k, num_prefix=num_prefix, scale=scale)
-    return softmax_attention(q, k, v, scale=scale), scores
+    scores = _class_attention_scores(q, k, num_prefix, scale)[0]
+    return _attend(q, k, v, scale), scores

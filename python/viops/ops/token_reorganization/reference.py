@@ -155,7 +155,8 @@ def reorganize_tokens_backward(
     grad_x = grad_tokens.new_empty(0)
     grad_scores = scores.new_empty(0)
     if need_x:
-        weight = torch.where(dropped, scores.to(dtype), 0).unsqueeze(-1)  # [B, P, 1]
+        counts = dropped if grad_tokens.shape[1] > num_prefix + keep else torch.zeros_like(dropped)
+        weight = torch.where(counts, scores.to(dtype), 0).unsqueeze(-1)  # [B, P, 1]
         kept = grad_tokens[:, num_prefix : num_prefix + keep]
         patches = (weight * grad_fused).to(grad_tokens.dtype)
         patches = patches.scatter(1, _rows(index, grad_tokens), kept)
