@@ -147,15 +147,9 @@ def _patch_and_compare(model: nn.Module, digits: Digits, device: str, quick: boo
         ' viops.use_backend("reference"), which forms\n  the whole attention matrix.'
     )
     print("  Both patched rows had one more epoch, of fine-tuning, than the ViT as trained.")
-    attention = model.blocks[DIGIT_LAYERS[0]].attn
-    num_tokens = 1 + model.patch_embed.num_patches
-    q = images.new_empty(len(images), attention.num_heads, num_tokens, attention.head_dim)
-    x, scores = q.flatten(2), q[:, 0, 0]  # explain looks at device, dtype and shape alone
-    explanations = (
-        viops.explain("class_attention", q, q, q),
-        viops.explain("reorganize_tokens", x, scores),
-    )
-    backends = {explanation.backend for explanation in explanations}
+    backends = {
+        viops.explain(op, images).backend for op in ("class_attention", "reorganize_tokens")
+    }
     print(f"  Backend of the ops: {' and '.join(sorted(map(str, backends)))}.")
 
 
