@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("viops")
     group.addoption("--device", default="cpu", help="cpu or cuda")
     group.addoption("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    group.addoption("--warm", action="store_true", help="an untimed call before each timed one")
     group.addoption("--only-viops", action="store_true", help="leave out the other contenders")
 
 
@@ -69,6 +70,7 @@ def harness(benchmark, request: pytest.FixtureRequest) -> Iterator[Harness]:  # 
         seconds=float(config.getoption("benchmark_max_time")),
         min_rounds=config.getoption("benchmark_min_rounds"),
         only_viops=config.getoption("only_viops"),
+        warm=config.getoption("warm"),
     )
     yield harness
     if harness.record is not None:

@@ -432,8 +432,9 @@ WrongPlace reorganize_backward(const TensorView& grad_tokens, const TensorView* 
   const int64_t batch = scores.shape[0], num_patches = scores.shape[1], channels = grad_tokens.shape[2];
   const int64_t num_rows = (grad_x ? grad_x : x)->shape[1], num_prefix = num_rows - num_patches;
   const int64_t keep = index.shape[1];
-  const int64_t bytes =
-      batch * (num_rows + grad_tokens.shape[1]) * channels * static_cast<int64_t>(sizeof(T));
+  // grad_tokens, grad_x, and of x the dropped rows
+  const int64_t moved_rows = grad_tokens.shape[1] + (grad_x ? num_rows : 0) + (x ? num_patches - keep : 0);
+  const int64_t bytes = batch * moved_rows * channels * static_cast<int64_t>(sizeof(T));
   const int64_t ranking_bytes = Ranking<A>::scratch_bytes(num_patches);
   const int64_t dots_bytes = padded(num_patches * sizeof(A));
   RowWriter<T> writer(grad_x ? *grad_x : grad_tokens, bytes);

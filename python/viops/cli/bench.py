@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `bench` takes to the parser."""
     parser.add_argument("--op", metavar="NAME", help="one op family alone, such as those of `info`")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, fewer sizes")
+    parser.add_argument(
+        "--warm",
+        action="store_true",
+        help="an untimed call before each timed one, so that caches hold its own data",
+    )
     parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
     parser.add_argument(
         "--threads", type=int, help="threads on the CPU; 2 unless there is one core"
@@ -198,6 +203,8 @@ def _run_pytest(
             command += ["-m", "not full"]
         if args.threads is not None:
             command += ["--threads", str(args.threads)]
+        if args.warm:
+            command.append("--warm")
         done = subprocess.run(
             command, env=environment, capture_output=quiet, text=True, errors="replace"
         )
