@@ -44,7 +44,7 @@ CATALOG_ROW = """\
 
 README_ROW = (
     "| `my_op` ([y = x * scale](python/viops/ops/my_op/README.md)) | each element times a number "
-    "| cpu | not yet |\n"
+    "| cpu | not measured yet |\n"
 )
 
 NEXT_STEPS = """\
