@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,21 @@ def test_clang_format_passes(tmp_path: Path, made_as: list[str]) -> None:
     sources = [name for name in made_as if name.endswith((".h", ".cpp"))]
     assert len(sources) == 3
     subprocess.run([clang_format, "--dry-run", "--Werror", *sources], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("source", ["bind.cpp", "cpu.cpp"])
+def test_the_kernel_compiles(made: Path, source: str) -> None:
+    """So that the template follows csrc/common; it is not linked here."""
+    pybind11 = pytest.importorskip(
+        "pybind11", reason="pybind11, which builds need, is not installed"
+    )
+    includes = (made / "csrc", pybind11.get_include(), sysconfig.get_path("include"))
+    command = ["c++", "-fsyntax-only", "-std=c++17", "-DVIOPS_CPU_LEVEL=baseline"]
+    command += [f"-I{folder}" for folder in includes]
+    done = subprocess.run(
+        [*command, made / "csrc" / NAME / source], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_second_run_is_an_error_that_changes_nothing(made: Path) -> None:

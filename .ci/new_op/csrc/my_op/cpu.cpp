@@ -23,12 +23,11 @@ void multiply_rows(const TensorView& in, double scale, const TensorView& out) {
   const int64_t bytes = 2 * num_rows * channels * static_cast<int64_t>(sizeof(T));
   const T* from = static_cast<const T*>(in.data);
   T* to = static_cast<T*>(out.data);
-  parallel_for(num_rows, threads_for(bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / num_tokens, n = row % num_tokens;
-      multiply_row(to + row * channels, from + b * in.stride[0] + n * in.stride[1], in.stride[2],
-                   static_cast<A>(scale), channels);
-    }
+  const Pieces rows(num_rows, 1, bytes);
+  rows.for_each(0, [&](int64_t row, int64_t, char*) {
+    const int64_t b = row / num_tokens, n = row % num_tokens;
+    multiply_row(to + row * channels, from + b * in.stride[0] + n * in.stride[1], in.stride[2],
+                 static_cast<A>(scale), channels);
   });
 }
 
@@ -41,15 +40,6 @@ template <class T>
 void backward(const TensorView& grad_y, double scale, const TensorView& grad_x) {
   multiply_rows<T>(grad_y, scale, grad_x);
 }
-
-// Calls Function<T> for the dtype of a checked floating-point tensor.
-#define VIOPS_FOR_DTYPE(view, Function, ...)                      \
-  switch ((view).dtype) {                                         \
-    case DType::float32: return Function<float>(__VA_ARGS__);     \
-    case DType::float64: return Function<double>(__VA_ARGS__);    \
-    case DType::bfloat16: return Function<bfloat16>(__VA_ARGS__); \
-    default: return Function<float16>(__VA_ARGS__);               \
-  }
 
 const CpuKernels kernels = {
     [](const TensorView& x, double scale, const TensorView& y) { VIOPS_FOR_DTYPE(x, forward, x, scale, y) },
