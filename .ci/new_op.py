@@ -31,13 +31,13 @@ CPP_WORDS = frozenset(
 CATALOG_ROW = """\
     Family(
         name="my_op",
-        ops=("my_op",),
         paper="none: y = x * scale, as make new-op leaves it",
-        backends=("cpu", "reference"),
-        lacks={
-            "cuda": "not written yet",
-            "triton": "not written yet",
-            "torch": "torch has no such op",
+        ops={
+            "my_op": {
+                "cuda": "not written yet",
+                "triton": "not written yet",
+                "torch": _NO_SUCH_OP,
+            },
         },
     ),
 """

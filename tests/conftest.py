@@ -1,9 +1,16 @@
 """What tests of every kind need before they import their subject."""
 
 import importlib.util
+import os
 import pathlib
 
 import torch
+
+if torch.cuda.is_available():
+    # torch's deterministic mode, in which memory is poisoned, refuses cuBLAS without it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton and viops are imported
 
 
 def _define_torchvision_ops() -> torch.library.Library | None:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import viops
+from cuda_on_host import builds
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from viops import catalog, dispatch, native
@@ -36,8 +38,9 @@ class Backend:
 
     #: As test ids show it.
     name: str
-    #: The backend in viops.catalog that it exercises; families that have it are tested on it.
-    backend: str
+    #: The backend in viops.catalog that it exercises, on the ops that have it; None is whichever
+    #: the call takes.
+    backend: str | None
     #: Makes calls run on it until the context ends.
     enter: Callable[[], AbstractContextManager]
     device: str = "cpu"
@@ -82,6 +85,7 @@ def _cpu_levels() -> list[str | None]:
     return [None] if native.extension is None else list(native.extension.cpu_levels())
 
 
+#: Those that every op has, on CPU tensors.
 BACKENDS = [
     Backend("reference", "reference", functools.partial(viops.use_backend, "reference")),
     Backend("fallback", "reference", _without_extension),
@@ -92,15 +96,68 @@ BACKENDS = [
 ]
 
 
-def pairs(cases: list[Case] = CASES) -> list[tuple[Case, Backend]]:
-    """Each case with each backend that its family has."""
-    families = {family.name: family for family in catalog.FAMILIES}
-    return [
-        (case, backend)
-        for case in cases
-        for backend in BACKENDS
-        if backend.backend in families[FAMILY[case]].backends
+def _thread_orders() -> list[tuple[str, int]]:
+    """The orders in which the CUDA kernels' threads run on the CPU, each with a seed."""
+    if builds.kind_here() == "plain":
+        return [("forward", 0), ("reverse", 0), ("random", 1)]
+    return [("random", 2)]  # a sanitizer's build takes longer
+
+
+@contextmanager
+def _on_host(order: str, seed: int) -> Iterator[None]:
+    """The CUDA kernels, built for the CPU and on its tensors."""
+    device_type, extension = native.cuda_device_type, native.extension
+    choices = dict(dispatch._choices)
+    dispatch._choices.clear()
+    native.cuda_device_type, native.extension = "cpu", builds.extension()
+    builds.extension().set_thread_order(order, seed)
+    try:
+        with viops.use_backend("cuda"):
+            yield
+    finally:
+        native.cuda_device_type, native.extension = device_type, extension
+        dispatch._choices.clear()
+        dispatch._choices.update(choices)
+
+
+def _gpu_backends() -> list[Backend]:
+    """On a GPU each of its backends, and what a user gets; without one what stands in for it."""
+    if torch.cuda.is_available():
+        forced = [
+            Backend(name, name, functools.partial(viops.use_backend, name), "cuda")
+            for name in ("cuda", "triton")
+        ]
+        return [*forced, Backend("gpu", None, nullcontext, "cuda")]
+    on_host = [
+        Backend(f"cuda_on_host[{order}]", "cuda", functools.partial(_on_host, order, seed))
+        for order, seed in _thread_orders()
     ]
+    if importlib.util.find_spec("triton") is None:
+        return on_host
+    interpreted = functools.partial(viops.use_backend, "triton")
+    return [*on_host, Backend("triton_interpreted", "triton", interpreted)]
+
+
+ALL_BACKENDS = BACKENDS + _gpu_backends()
+
+
+def has(backend: Backend, op: str) -> bool:
+    """Whether a public function, all of its parts included, can run on a backend."""
+    parts = dispatch.PARTS.get(op, (op,))
+    return backend.backend is None or all(
+        backend.backend in catalog.backends_of(part) for part in parts
+    )
+
+
+def pairs(cases: list[Case] = CASES) -> list[tuple[Case, Backend]]:
+    """Each case with each backend that its function has."""
+    return [(case, backend) for case in cases for backend in ALL_BACKENDS if has(backend, case.op)]
+
+
+def torch_runs(op: str, args: tuple) -> bool:
+    """Whether an op of torch's own takes part in a call that is made now."""
+    explanation = viops.explain(op, *args)
+    return "torch" in (part.backend for part in (explanation, *explanation.others))
 
 
 def rows() -> list[tuple[Case, torch.dtype, Backend]]:
@@ -226,7 +283,8 @@ def poisoned_memory() -> Iterator[None]:
     previous = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        assert torch.empty(3).isnan().all()
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            assert torch.empty(3, device=device).isnan().all()
         yield
     finally:
         torch.use_deterministic_algorithms(previous)

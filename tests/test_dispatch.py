@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -133,10 +134,11 @@ def test_a_forced_backend_that_cannot_run_raises(arguments: tuple, no_extension:
 
 @pytest.mark.parametrize("backend", sorted(set(catalog.BACKENDS) - {"cpu", "reference"}))
 def test_a_forced_backend_that_is_not_written_raises(arguments: tuple, backend: str) -> None:
-    lacks = catalog.family_of(OP).lacks
+    lacks = catalog.lacks_of(OP)
     if backend not in lacks:
         pytest.skip(f"{OP} has {backend}")
-    with viops.use_backend(backend), pytest.raises(viops.BackendError, match=lacks[backend]):
+    reason = re.escape(lacks[backend])
+    with viops.use_backend(backend), pytest.raises(viops.BackendError, match=reason):
         viops.reorganize_tokens(*arguments)
 
 

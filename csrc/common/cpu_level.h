@@ -9,7 +9,12 @@
 
 namespace viops {
 
-#if defined(VIOPS_X86_LEVELS)
+#if defined(VIOPS_CUDA_ON_HOST)  // a build for tests, without CPU kernels
+enum class CpuLevel { none };
+constexpr int kCpuLevels = 1;
+#define VIOPS_DECLARE_KERNELS(Kernels) constexpr Kernels kernels_none = {}
+#define VIOPS_KERNELS_BY_LEVEL {&kernels_none}
+#elif defined(VIOPS_X86_LEVELS)
 enum class CpuLevel { v2, v3, v4 };
 constexpr int kCpuLevels = 3;
 #define VIOPS_DECLARE_KERNELS(Kernels) extern const Kernels kernels_v2, kernels_v3, kernels_v4

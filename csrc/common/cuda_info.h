@@ -18,4 +18,12 @@ std::string cuda_reason();
 // The number of devices; throws std::runtime_error with the reason where none can be had.
 int cuda_devices();
 
+// An op's table of CUDA kernels, which its cuda.cu defines; empty where there is no CUDA part, and then
+// CudaCall lets nobody come to it.
+#if defined(VIOPS_CUDA)
+#define VIOPS_DECLARE_CUDA_KERNELS(Kernels) extern const Kernels cuda_kernels
+#else
+#define VIOPS_DECLARE_CUDA_KERNELS(Kernels) constexpr Kernels cuda_kernels = {}
+#endif
+
 }  // namespace viops

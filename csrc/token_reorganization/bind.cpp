@@ -2,6 +2,7 @@
 #include <memory>
 #include <string>
 
+#include "common/cuda_call.h"
 #include "common/python_tensor.h"
 #include "common/threads.h"
 #include "token_reorganization/token_reorganization.h"
@@ -159,8 +160,8 @@ int64_t check_num_prefix(int64_t num_prefix, int64_t num_tokens, int64_t rest) {
 }
 
 // Runs a kernel that reads an index, and raises where it found a wrong place.
-template <class Run>
-void run_with_index(int64_t num_patches, const Run& run) {
+template <class RunOnCpu>
+void run_with_index(int64_t num_patches, const RunOnCpu& run) {
   WrongPlace wrong;
   {
     py::gil_scoped_release released;
@@ -176,7 +177,7 @@ void run_with_index(int64_t num_patches, const Run& run) {
 void reorganize_tokens_forward(py::handle x_, py::handle scores_, py::handle tokens_, py::handle index_) {
   const TensorArgument x("x", x_), scores("scores", scores_), tokens("tokens", tokens_),
       index("index", index_);
-  check_on_cpu(x, scores, tokens, index);
+  const CudaCall cuda({&x, &scores, &tokens, &index});
   x.check_rank(3, "B, N, C");
   x.check_floating();
   scores.check_rank(2, "B, P");
@@ -189,6 +190,7 @@ void reorganize_tokens_forward(py::handle x_, py::handle scores_, py::handle tok
   tokens.check_contiguous();
   index.check_contiguous();
   py::gil_scoped_release released;
+  if (cuda) return cuda_kernels.reorganize_tokens_forward(x, scores, tokens, index, cuda.stream());
   kernels().reorganize_tokens_forward(x, scores, tokens, index);
 }
 
@@ -197,7 +199,8 @@ void reorganize_tokens_backward(py::handle grad_tokens_, py::handle x_, py::hand
   const TensorArgument grad_tokens("grad_tokens", grad_tokens_), scores("scores", scores_),
       index("index", index_);
   const OptionalArgument x("x", x_), grad_x("grad_x", grad_x_), grad_scores("grad_scores", grad_scores_);
-  check_on_cpu(grad_tokens, scores, index);
+  const CudaCall cuda(
+      {&grad_tokens, x.view.get(), &scores, &index, grad_x.view.get(), grad_scores.view.get()});
   grad_tokens.check_rank(3, "B, M, C");
   grad_tokens.check_floating();
   scores.check_rank(2, "B, P");
@@ -210,7 +213,6 @@ void reorganize_tokens_backward(py::handle grad_tokens_, py::handle x_, py::hand
   }
   for (const auto* view : {x.view.get(), grad_x.view.get()}) {
     if (!view) continue;
-    view->check_on_cpu();
     view->check_rank(3, "B, N, C");
     const int64_t num_prefix = check_num_prefix(view->shape[1] - num_patches, view->shape[1], 0);
     view->check_shape({batch, num_prefix + num_patches, channels}, "B, N, C");
@@ -220,10 +222,14 @@ void reorganize_tokens_backward(py::handle grad_tokens_, py::handle x_, py::hand
   if (x.view && grad_x.view) x.view->check_shape({batch, grad_x.view->shape[1], channels}, "B, N, C");
   if (grad_x.view) grad_x.view->check_contiguous();
   if (grad_scores.view) {
-    grad_scores.view->check_on_cpu();
     grad_scores.view->check_shape({batch, num_patches}, "B, P");
     grad_scores.view->check_same_dtype(scores);
     grad_scores.view->check_contiguous();
+  }
+  if (cuda) {
+    py::gil_scoped_release released;
+    return cuda_kernels.reorganize_tokens_backward(grad_tokens, x.view.get(), scores, index,
+                                                   grad_x.view.get(), grad_scores.view.get(), cuda.stream());
   }
   run_with_index(num_patches, [&] {
     return kernels().reorganize_tokens_backward(grad_tokens, x.view.get(), scores, index, grad_x.view.get(),
@@ -233,7 +239,7 @@ void reorganize_tokens_backward(py::handle grad_tokens_, py::handle x_, py::hand
 
 void restore_tokens_forward(py::handle tokens_, py::handle index_, int64_t num_prefix, py::handle x_) {
   const TensorArgument tokens("tokens", tokens_), index("index", index_), x("x", x_);
-  check_on_cpu(tokens, index, x);
+  const CudaCall cuda({&tokens, &index, &x});
   tokens.check_rank(3, "B, M, C");
   tokens.check_floating();
   const int64_t batch = tokens.shape[0], channels = tokens.shape[2];
@@ -244,6 +250,10 @@ void restore_tokens_forward(py::handle tokens_, py::handle index_, int64_t num_p
   x.check_contiguous();
   const int64_t keep = check_index(index, batch, num_patches);
   check_tokens(tokens, batch, num_prefix, keep, channels);
+  if (cuda) {
+    py::gil_scoped_release released;
+    return cuda_kernels.restore_tokens_forward(tokens, index, num_patches, x, cuda.stream());
+  }
   run_with_index(num_patches,
                  [&] { return kernels().restore_tokens_forward(tokens, index, num_patches, x); });
 }
@@ -252,7 +262,7 @@ void restore_tokens_backward(py::handle grad_x_, py::handle index_, int64_t num_
                              py::handle grad_tokens_) {
   const TensorArgument grad_x("grad_x", grad_x_), index("index", index_),
       grad_tokens("grad_tokens", grad_tokens_);
-  check_on_cpu(grad_x, index, grad_tokens);
+  const CudaCall cuda({&grad_x, &index, &grad_tokens});
   grad_x.check_rank(3, "B, N, C");
   grad_x.check_floating();
   const int64_t batch = grad_x.shape[0], channels = grad_x.shape[2];
@@ -261,6 +271,10 @@ void restore_tokens_backward(py::handle grad_x_, py::handle index_, int64_t num_
   check_tokens(grad_tokens, batch, num_prefix, keep, channels);
   grad_tokens.check_same_dtype(grad_x);
   grad_tokens.check_contiguous();
+  if (cuda) {
+    py::gil_scoped_release released;
+    return cuda_kernels.restore_tokens_backward(grad_x, index, num_patches, grad_tokens, cuda.stream());
+  }
   run_with_index(num_patches,
                  [&] { return kernels().restore_tokens_backward(grad_x, index, num_patches, grad_tokens); });
 }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "common/cpu_level.h"
+#include "common/cuda_info.h"
 #include "common/tensor_view.h"
 
 namespace viops::token_reorganization {
@@ -68,5 +69,20 @@ struct CpuKernels {
 };
 
 VIOPS_DECLARE_KERNELS(CpuKernels);
+
+// The same on `stream`, a cudaStream_t; a wrong place in an index is a device-side assertion.
+struct CudaKernels {
+  void (*reorganize_tokens_forward)(const TensorView& x, const TensorView& scores, const TensorView& tokens,
+                                    const TensorView& index, void* stream);
+  void (*reorganize_tokens_backward)(const TensorView& grad_tokens, const TensorView* x,
+                                     const TensorView& scores, const TensorView& index,
+                                     const TensorView* grad_x, const TensorView* grad_scores, void* stream);
+  void (*restore_tokens_forward)(const TensorView& tokens, const TensorView& index, int64_t num_patches,
+                                 const TensorView& x, void* stream);
+  void (*restore_tokens_backward)(const TensorView& grad_x, const TensorView& index, int64_t num_patches,
+                                  const TensorView& grad_tokens, void* stream);
+};
+
+VIOPS_DECLARE_CUDA_KERNELS(CudaKernels);
 
 }  // namespace viops::token_reorganization

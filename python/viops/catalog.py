@@ -1,7 +1,8 @@
-"""The list of what viops has: op families, where they come from, and the backends of each."""
+"""The list of what viops has: op families, where they come from, and the backends of each op."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 #: Every backend, in the order in which a call prefers them on a device that several can serve;
@@ -14,30 +15,44 @@ class Family:
     """Op family: csrc and python/viops/ops hold a folder of its name, tests and benches a file."""
 
     name: str
-    #: The ops of the family, as they are called in `torch.ops.viops`.
-    ops: tuple[str, ...]
     paper: str
-    #: Backends that have kernels for these ops.
-    backends: tuple[str, ...]
-    #: Why each of the others has none.
-    lacks: dict[str, str]
+    #: The ops of the family, as they are called in `torch.ops.viops`, each with the backends that
+    #: have no kernel for it and why; all others have one.
+    ops: Mapping[str, Mapping[str, str]]
 
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The backends that have kernels for any of the ops."""
+        return tuple(
+            name for name in BACKENDS if any(name not in lacks for lacks in self.ops.values())
+        )
+
+
+_NO_SUCH_OP = "torch has no such op"
+_SDPA_ON_GPU = "on a GPU torch's scaled_dot_product_attention runs"
 
 FAMILIES = (
     Family(
         name="token_reorganization",
-        ops=(
-            "class_attention_scores",
-            "softmax_attention",
-            "reorganize_tokens",
-            "restore_tokens",
-        ),
         paper="EViT: Liang et al., ICLR 2022, arXiv:2202.07800",
-        backends=("cpu", "reference"),
-        lacks={
-            "cuda": "not written yet",
-            "triton": "not written yet",
-            "torch": "torch has no such op, but for softmax_attention",
+        ops={
+            "class_attention_scores": {
+                "cuda": "the Triton kernel serves it, and needs no compiler at install",
+                "torch": _NO_SUCH_OP,
+            },
+            "softmax_attention": {
+                "cuda": _SDPA_ON_GPU,
+                "triton": _SDPA_ON_GPU,
+                "torch": "no kernel of viops: softmax_attention calls torch's own op by itself",
+            },
+            "reorganize_tokens": {
+                "triton": "it needs an exact sort within a block, which is CUDA's part",
+                "torch": _NO_SUCH_OP,
+            },
+            "restore_tokens": {
+                "triton": "it is CUDA's part, as reorganize_tokens is",
+                "torch": _NO_SUCH_OP,
+            },
         },
     ),
 )
@@ -50,3 +65,13 @@ def family_of(op: str) -> Family:
             return family
     known = ", ".join(name for family in FAMILIES for name in family.ops)
     raise ValueError(f"op: {op!r} is not an op of viops; there are: {known}")
+
+
+def lacks_of(op: str) -> Mapping[str, str]:
+    """The backends without a kernel for the op, and why."""
+    return family_of(op).ops[op]
+
+
+def backends_of(op: str) -> tuple[str, ...]:
+    """The backends that have a kernel for the op."""
+    return tuple(name for name in BACKENDS if name not in lacks_of(op))

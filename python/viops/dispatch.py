@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import catalog, native
+from . import catalog, native, triton_runtime
 from .checks import FLOAT_DTYPES
 
 #: The torch library that holds the schemas of all ops.
@@ -78,6 +78,27 @@ def refuses_native(device_type: str, dtype: torch.dtype) -> str | None:
     return refuses_dtype(device_type, dtype)
 
 
+def refuses_cuda(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the CUDA kernels cannot run such a call, or None."""
+    if device_type != native.cuda_device_type:
+        return f"needs tensors on a GPU, got {device_type}"
+    return native.cuda_error() or refuses_dtype(device_type, dtype)
+
+
+def refuses_triton(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run such a call, or None."""
+    if triton_runtime.INTERPRETED:
+        if device_type != "cpu":
+            return f"TRITON_INTERPRET=1 needs tensors on the CPU, got {device_type}"
+    elif device_type != "cuda":
+        return f"needs tensors on a GPU, got {device_type}"
+    else:
+        reason = triton_runtime.device_error()
+        if reason is not None:
+            return reason
+    return triton_runtime.load_error() or refuses_dtype(device_type, dtype)
+
+
 def refuses_dtype(device_type: str, dtype: torch.dtype) -> str | None:
     """Why an op over floating-point tensors cannot take this dtype, or None."""
     if dtype not in FLOAT_DTYPES:
@@ -112,21 +133,27 @@ def strict() -> bool:
     return os.environ.get("VIOPS_STRICT", "0") not in ("", "0")
 
 
-def refusal(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+def refusal(
+    op: str, backend: str, device_type: str, dtype: torch.dtype, forced: str | None = None
+) -> str | None:
     """Why this backend cannot run such a call of the op, or None where it can."""
     kernels = _kernels[op].get(backend)
     if kernels is None:
-        return catalog.family_of(op).lacks.get(backend, "not registered")
-    return kernels.refuses(device_type, dtype)
+        return catalog.lacks_of(op).get(backend, "not registered")
+    reason = kernels.refuses(device_type, dtype)
+    if reason is None and backend == "triton" != forced and triton_runtime.INTERPRETED:
+        return "Triton's interpreter runs only where it is asked for: viops.use_backend('triton')"
+    return reason
 
 
 def choose(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, Kernels]:
     """The name and functions of the backend that runs such a call of the op."""
-    key = (op, device_type, dtype, _forced)
+    forced = _forced  # read once: another thread may change it meanwhile
+    key = (op, device_type, dtype, forced)
     choice = _choices.get(key)
     if choice is None:
-        choice = _choose(op, device_type, dtype, _forced)
-        if choice[0] != "reference" or _forced == "reference":
+        choice = _choose(op, device_type, dtype, forced)
+        if choice[0] != "reference" or forced == "reference":
             _choices[key] = choice
     return choice
 
@@ -135,7 +162,7 @@ def _choose(
     op: str, device_type: str, dtype: torch.dtype, forced: str | None
 ) -> tuple[str, Kernels]:
     if forced is not None:
-        reason = refusal(op, forced, device_type, dtype)
+        reason = refusal(op, forced, device_type, dtype, forced)
         if reason is not None:
             raise BackendError(f"{op}: backend {forced!r} was asked for, but {reason}")
         return forced, _kernels[op][forced]
@@ -215,7 +242,7 @@ def explain(op: str, *args: object) -> Explanation:
         if op in call_refusals:
             reason = call_refusals[op](backend, *tensors)
         else:
-            reason = refusal(op, backend, tensors[0].device.type, tensors[0].dtype)
+            reason = refusal(op, backend, tensors[0].device.type, tensors[0].dtype, _forced)
         if reason is None and _forced not in (None, backend):
             reason = f"backend {_forced!r} is forced"
         if reason is None and chosen is not None:

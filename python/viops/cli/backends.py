@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from .. import catalog, dispatch
+from .. import catalog, dispatch, triton_runtime
 from .console import UserError
 
 #: The environment variables that viops reads, and what holds where one is not set.
@@ -41,20 +41,19 @@ def environment() -> list[tuple[str, str]]:
 
 def device_of(backend: str) -> str | None:
     """The device type that a backend runs on, or None where the machine has no such device."""
-    if backend not in ("cuda", "triton"):
+    if backend not in ("cuda", "triton") or (backend == "triton" and triton_runtime.INTERPRETED):
         return "cpu"
     return "cuda" if torch.cuda.is_available() else None
 
 
-def absence(
-    family: catalog.Family, op: str, backend: str, dtype: torch.dtype = torch.float32
-) -> str | None:
-    """Why a backend cannot run an op of the family on this machine, or None where it can."""
-    if backend in family.lacks:
-        return family.lacks[backend]
+def absence(op: str, backend: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why a backend, asked for, cannot run an op on this machine, or None where it can."""
+    parts = dispatch.PARTS.get(op, (op,))
+    for part in parts:
+        if backend in catalog.lacks_of(part):
+            return catalog.lacks_of(part)[backend]
     device = device_of(backend)
     if device is None:
         return "torch sees no CUDA device"
-    parts = dispatch.PARTS.get(op, (op,))
-    reasons = (dispatch.refusal(part, backend, device, dtype) for part in parts)
+    reasons = (dispatch.refusal(part, backend, device, dtype, backend) for part in parts)
     return next((reason for reason in reasons if reason is not None), None)

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         cases = cases_of(family.name)
         for op in dict.fromkeys(case.op for case in cases):
             for backend in catalog.BACKENDS:
-                verdict, found = _examine(family, op, backend, cases)
+                verdict, found = _examine(op, backend, cases)
                 rows.append((op, backend, verdict))
                 problems += found
     print_table(("op", "backend", "result"), rows)
@@ -128,7 +128,7 @@ def _examine_forced() -> Iterator[Problem]:
     refused: dict[str, list[str]] = {}
     for family in catalog.FAMILIES:
         for op in family.ops:
-            reason = absence(family, op, forced)
+            reason = absence(op, forced)
             if reason is not None:
                 refused.setdefault(reason, []).append(op)
     for reason, ops in refused.items():
@@ -139,18 +139,16 @@ def _examine_forced() -> Iterator[Problem]:
         )
 
 
-def _examine(
-    family: catalog.Family, op: str, backend: str, cases: tuple[Case, ...]
-) -> tuple[str, list[Problem]]:
+def _examine(op: str, backend: str, cases: tuple[Case, ...]) -> tuple[str, list[Problem]]:
     """Runs the op's small cases on one backend; the verdict, and what is wrong."""
-    reason = absence(family, op, backend)
+    reason = absence(op, backend)
     if reason is not None:
         return f"not there: {reason}", []
     device = device_of(backend)
     assert device is not None  # absence would have said so
     count, worst = 0, 0.0
     for dtype in FLOAT_DTYPES:
-        if absence(family, op, backend, dtype) is not None:
+        if absence(op, backend, dtype) is not None:
             continue
         for case in cases:
             inputs = case.inputs(dtype, device)

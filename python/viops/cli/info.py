@@ -76,7 +76,7 @@ def _print_backends() -> None:
         for op in family.ops:
             cells = [op]
             for backend in catalog.BACKENDS:
-                reason = absence(family, op, backend)
+                reason = absence(op, backend)
                 if reason is None:
                     cells.append("yes")
                     continue

@@ -5,6 +5,9 @@ Source: Liang et al., EViT, ICLR 2022, section 3.2.
 
 from __future__ import annotations
 
+import functools
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -41,6 +44,49 @@ def _native_scores_backward(
     return grad_q, grad_k
 
 
+@functools.cache
+def _triton_kernels() -> ModuleType:
+    """Loaded at the first call: Triton takes time to import, and need not be there."""
+    return importlib.import_module(".triton_kernels", __package__)
+
+
+def _triton_scores_forward(
+    q: Tensor, k: Tensor, num_prefix: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    _guard_scores(q, k, num_prefix)
+    return _triton_kernels().class_attention_scores_forward(q, k, num_prefix, scale)
+
+
+def _triton_scores_backward(
+    grad_scores: Tensor, q: Tensor, k: Tensor, probabilities: Tensor, num_prefix: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    _guard_scores(q, k, num_prefix)
+    batch, num_heads, num_tokens, _ = q.shape
+    for name, tensor, shape in (
+        ("grad_scores", grad_scores, (batch, num_tokens - num_prefix)),
+        ("probabilities", probabilities, (batch, num_heads, num_tokens)),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+        checks.check_same("device", name, tensor.device, "q", q.device)
+    return _triton_kernels().class_attention_scores_backward(
+        grad_scores, q, k, probabilities, num_prefix, scale
+    )
+
+
+def _guard_scores(q: Tensor, k: Tensor, num_prefix: int) -> None:
+    """Refuses what would lead a kernel outside of memory, for callers of the registered op."""
+    if (
+        q.dim() != 4
+        or 0 in q.shape[1:]
+        or k.shape != q.shape
+        or k.dtype != q.dtype
+        or k.device != q.device
+        or not 1 <= num_prefix <= q.shape[2]
+    ):
+        _check_scores(q, k, num_prefix)
+
+
 dispatch.register(
     "class_attention_scores",
     "reference",
@@ -54,6 +100,11 @@ dispatch.register(
     "class_attention_scores",
     "cpu",
     Kernels(_native_scores_forward, _native_scores_backward, dispatch.refuses_native),
+)
+dispatch.register(
+    "class_attention_scores",
+    "triton",
+    Kernels(_triton_scores_forward, _triton_scores_backward, dispatch.refuses_triton),
 )
 
 

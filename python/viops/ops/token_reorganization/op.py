@@ -79,6 +79,11 @@ dispatch.register(
     "cpu",
     Kernels(_native_reorganize_forward, _native_reorganize_backward, dispatch.refuses_native),
 )
+dispatch.register(
+    "reorganize_tokens",
+    "cuda",
+    Kernels(_native_reorganize_forward, _native_reorganize_backward, dispatch.refuses_cuda),
+)
 
 
 def _reorganize_fake(
@@ -240,6 +245,11 @@ dispatch.register(
     "restore_tokens",
     "cpu",
     Kernels(_native_restore_forward, _native_restore_backward, dispatch.refuses_native),
+)
+dispatch.register(
+    "restore_tokens",
+    "cuda",
+    Kernels(_native_restore_forward, _native_restore_backward, dispatch.refuses_cuda),
 )
 
 

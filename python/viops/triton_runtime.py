@@ -1,0 +1,51 @@
+"""Whether Triton's kernels can run here, and on which device a launch goes."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+#: Whether Triton interprets kernels, on tensors of the CPU: TRITON_INTERPRET=1 at import.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+#: What Triton supports.
+_MIN_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def load_error() -> str | None:
+    """Why Triton cannot be imported, or None; asked only where a call could run on it."""
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken or foreign build may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "triton is not installed"
+        return f"triton cannot be imported: {str(error) or type(error).__name__}"
+    return None
+
+
+@functools.cache
+def device_error() -> str | None:
+    """Why Triton cannot compile for every GPU that torch sees, or None."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.version.hip is not None:
+        return None
+    devices = range(torch.cuda.device_count())
+    lowest = min(torch.cuda.get_device_capability(device) for device in devices)
+    if lowest < _MIN_CAPABILITY:
+        least, got = (".".join(map(str, pair)) for pair in (_MIN_CAPABILITY, lowest))
+        return f"needs GPUs of compute capability {least} or newer, got {got}"
+    return None
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """Makes the tensor's device the current one, on which Triton launches."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()  # a guard costs microseconds
+    return torch.cuda.device(tensor.device)
