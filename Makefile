@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-OUT ?= gpu_out
+OUT ?= build/gpu
+LIMIT ?= 540
 
 PY := $(VENV)/bin/python
 SOURCES := $(shell find csrc python benches third_party -type f -not -name '*.pyc' -not -path '*/results/*') \
            CMakeLists.txt pyproject.toml
 
-.PHONY: setup install demo test bench check gpu new-op clean
+.PHONY: setup install demo test sanitize bench check gpu registers new-op clean
 
 setup: $(VENV)/.ready
 install: $(VENV)/.installed
@@ -27,8 +28,15 @@ $(VENV)/.installed: $(VENV)/.ready $(SOURCES)
 demo: install
 	$(PY) -m viops demo
 
+# The CUDA kernels run on the CPU: as plain code among the tests, then under AddressSanitizer and UBSan.
 test: install
 	$(PY) -m pytest tests
+	$(PY) tests/cuda_on_host/run.py address
+
+# The same with every build there is, ThreadSanitizer's too, which takes minutes.
+sanitize: install
+	$(PY) -m pytest tests/cuda_on_host
+	for kind in plain address thread; do $(PY) tests/cuda_on_host/run.py $$kind || exit 1; done
 
 bench: install
 	$(PY) -m viops bench
@@ -37,16 +45,17 @@ bench: install
 check: setup
 	$(PY) -m ruff check python tests benches .ci
 	$(PY) -m ruff format --check python tests benches .ci
-	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 	$(PY) -m mypy
 
-# On a machine with a GPU: builds against the torch that PYTHON has, without a .venv.
+# On a machine with a GPU: builds against the torch that PYTHON has, without a .venv, checks and times.
+# make gpu [STAGE="build test"] [OUT=folder] [LIMIT=seconds a stage] [GPU_OPTIONS="--rest --quick"]
 gpu:
-	$(PYTHON) -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'make gpu: torch sees no GPU')"
-	$(PYTHON) -m pip install --no-deps --no-build-isolation -Ccmake.define.VIOPS_CUDA=ON .
-	$(PYTHON) -m viops doctor
-	$(PYTHON) -m pytest tests
-	$(PYTHON) -m viops bench --device cuda --json $(OUT)/bench.json
+	$(PYTHON) .ci/gpu.py --out $(OUT) --limit $(LIMIT) $(GPU_OPTIONS) $(STAGE)
+
+# Registers, shared memory and spills of every CUDA kernel; needs nvcc and no GPU.
+registers:
+	$(or $(wildcard $(PY)),$(PYTHON)) .ci/registers.py
 
 # make new-op NAME=my_op
 new-op: setup

@@ -1,6 +1,6 @@
 """Token reorganization against eager PyTorch, torch.compile, and the floor of the machine.
 
-The bars are those of two threads and float32.
+The bars on the CPU are those of two threads and float32, those on a GPU of an H100 and bfloat16.
 """
 
 from __future__ import annotations
@@ -17,6 +17,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from viops.ops.token_reorganization import reference
 
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
+
+full = pytest.mark.full
+on_cpu, on_cuda = pytest.mark.device("cpu"), pytest.mark.device("cuda")
+#: As calls, and as a CUDA graph, which shows the kernels without their launches.
+CALLED, GRAPH = False, True
+#: Calls in a sample of what takes microseconds on a GPU.
+CALLS_ON_GPU = 20
+
 
 def topk_gather(x: Tensor, scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """The reorganization as one writes it by hand: topk, its complement, two gathers, a sum."""
@@ -31,30 +40,59 @@ def topk_gather(x: Tensor, scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     return torch.cat([x[:, :1], kept, fused.to(x.dtype)], dim=1), index
 
 
+def distinct_scores(batch: int, num_patches: int, generator: torch.Generator) -> Tensor:
+    """[B, P], positive and 1 in sum; without ties, so that all contenders keep the same patches."""
+    device = generator.device
+    order = torch.rand(batch, num_patches, generator=generator, device=device).argsort(dim=1)
+    return (order + 0.5) * (2 / num_patches**2)
+
+
 def reorganize_inputs(
-    harness: Harness, batch: int, num_tokens: int, channels: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """x [B, N, C] and scores [B, N - 1], as a softmax gives them."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, num_tokens, channels, generator=generator).to(harness.device, dtype)
-    scores = torch.randn(batch, num_tokens - 1, generator=generator).softmax(dim=1)
-    return x, scores.to(harness.device)
+    harness: Harness, batch: int, num_tokens: int, channels: int, dtype: torch.dtype = FLOAT32
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Makes x [B, N, C] and scores [B, N - 1] from a seed."""
+
+    def make(seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator(harness.device).manual_seed(seed)
+        x = torch.randn(
+            batch, num_tokens, channels, generator=generator, device=harness.device, dtype=dtype
+        )
+        return x, distinct_scores(batch, num_tokens - 1, generator)
+
+    return make
 
 
 def num_bytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def gradients(
-    call: Callable[..., object], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]
-) -> Callable[[], object]:
-    """Forward and backward of a call that returns as many tensors as there are grads, or more."""
-    leaves = tuple(tensor.detach().clone().requires_grad_() for tensor in inputs)
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
-    def run() -> object:
-        outputs = call(*leaves)
+
+def with_gradients(
+    make: Callable[[int], tuple], call: Callable[..., object]
+) -> Callable[[int], tuple]:
+    """Inputs as leaves, and after them a gradient for each floating-point output of the call."""
+
+    def make_both(seed: int) -> tuple:
+        inputs = tuple(t.requires_grad_(t.is_floating_point()) for t in make(seed))
+        outputs = call(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return torch.autograd.grad(outputs[: len(grads)], leaves, grads)
+        return *inputs, *(torch.randn_like(out) for out in outputs if out.is_floating_point())
+
+    return make_both
+
+
+def forward_backward(call: Callable[..., object], num_grads: int = 1) -> Callable[..., object]:
+    """Forward and backward; the last arguments are the gradients of the call's first outputs."""
+
+    def run(*args: Tensor) -> object:
+        inputs, grads = args[:-num_grads], args[-num_grads:]
+        outputs = call(*inputs)
+        outputs = outputs[:num_grads] if isinstance(outputs, tuple) else (outputs,)
+        leaves = [tensor for tensor in inputs if tensor.requires_grad]
+        return torch.autograd.grad(outputs, leaves, grads[: len(outputs)])
 
     return run
 
@@ -63,21 +101,33 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
-full = pytest.mark.full
-REORGANIZE_SIZES = [
-    pytest.param(
-        *(32, 197, 384, 137, torch.float32),
-        {"floor": ("<=", 1.4)},
-        id="B32-N197-C384-float32",
-    ),
-    pytest.param(1, 197, 384, 137, torch.float32, {}, id="B1-N197-C384-float32", marks=full),
-    pytest.param(8, 577, 768, 404, torch.float32, {}, id="B8-N577-C768-float32", marks=full),
-    pytest.param(32, 197, 384, 137, torch.bfloat16, {}, id="B32-N197-C384-bfloat16", marks=full),
-]
+def size(*values: object, dtype: torch.dtype, graph: bool = CALLED) -> str:
+    """Such as "B8 N197 C384 float32, CUDA graph"."""
+    words = [str(value) for value in values] + [name_of(dtype)]
+    return " ".join(words) + (", CUDA graph" if graph else "")
+
+
+OF_COPY = {"floor": ("<=", 1 / 0.75)}  # moves at least 0.75 of the bytes that a copy moves
 
 
 @pytest.mark.parametrize(
-    ("batch", "num_tokens", "channels", "keep", "dtype", "bars"), REORGANIZE_SIZES
+    ("batch", "num_tokens", "channels", "keep", "dtype", "graph", "bars"),
+    [
+        pytest.param(32, 197, 384, 137, FLOAT32, CALLED, {"floor": ("<=", 1.4)}, marks=on_cpu),
+        pytest.param(1, 197, 384, 137, FLOAT32, CALLED, {}, marks=(full, on_cpu)),
+        pytest.param(8, 577, 768, 404, FLOAT32, CALLED, {}, marks=(full, on_cpu)),
+        pytest.param(32, 197, 384, 137, BFLOAT16, CALLED, {}, marks=(full, on_cpu)),
+        pytest.param(
+            *(256, 197, 384, 137, BFLOAT16, CALLED),
+            {**OF_COPY, "eager": (">=", 8), "compile": (">=", 3)},
+            marks=on_cuda,
+        ),
+        pytest.param(256, 197, 384, 137, BFLOAT16, GRAPH, OF_COPY, marks=on_cuda),
+        pytest.param(256, 197, 384, 137, FLOAT16, CALLED, {}, marks=(full, on_cuda)),
+        pytest.param(256, 197, 384, 137, FLOAT32, CALLED, {}, marks=(full, on_cuda)),
+        pytest.param(1, 197, 384, 137, BFLOAT16, GRAPH, {}, marks=(full, on_cuda)),
+        pytest.param(64, 577, 768, 404, BFLOAT16, GRAPH, {}, marks=(full, on_cuda)),
+    ],
 )
 def bench_reorganize_forward(
     harness: Harness,
@@ -86,125 +136,137 @@ def bench_reorganize_forward(
     channels: int,
     keep: int,
     dtype: torch.dtype,
+    graph: bool,
     bars: dict,
 ) -> None:
-    x, scores = reorganize_inputs(harness, batch, num_tokens, channels, dtype)
+    inputs = harness.input_sets(reorganize_inputs(harness, batch, num_tokens, channels, dtype))
     compiled_reference = compiled(reference.reorganize_tokens)
-    size = f"B{batch} N{num_tokens} C{channels} keep {keep} {str(dtype).removeprefix('torch.')}"
+    sizes = (f"B{batch}", f"N{num_tokens}", f"C{channels}", f"keep {keep}")
+    contenders = {
+        "viops": lambda x, scores: viops.reorganize_tokens(x, scores, keep),
+        "eager": lambda x, scores: reference.reorganize_tokens(x, scores, keep),
+        "compile": lambda x, scores: compiled_reference(x, scores, keep),
+        "topk+gather": lambda x, scores: topk_gather(x, scores, keep),
+    }
+    if graph:
+        del contenders["topk+gather"]  # nonzero waits for the GPU
+    calls = CALLS_ON_GPU if harness.on_gpu else 20 if batch == 1 else 1
     harness.compare(
-        f"reorganize_tokens forward, {size}",
-        {
-            "viops": lambda: viops.reorganize_tokens(x, scores, keep),
-            "eager": lambda: reference.reorganize_tokens(x, scores, keep),
-            "compile": lambda: compiled_reference(x, scores, keep),
-            "topk+gather": lambda: topk_gather(x, scores, keep),
-        },
-        floor=Floor(bytes=num_bytes(x, scores, *viops.reorganize_tokens(x, scores, keep))),
-        bars={"cpu": bars},
-        calls=20 if batch == 1 else 1,
+        f"reorganize_tokens forward, {size(*sizes, dtype=dtype, graph=graph)}",
+        contenders,
+        inputs=inputs,
+        floor=Floor(num_bytes(*inputs[0], *viops.reorganize_tokens(*inputs[0], keep))),
+        bars={harness.device.type: bars},
+        calls=calls,
+        graph=graph,
     )
 
 
-def bench_reorganize_backward(harness: Harness) -> None:
+@pytest.mark.parametrize(
+    ("batch", "dtype", "graph"),
+    [
+        pytest.param(32, FLOAT32, CALLED, marks=on_cpu),
+        pytest.param(256, BFLOAT16, CALLED, marks=on_cuda),
+        pytest.param(256, BFLOAT16, GRAPH, marks=on_cuda),
+        pytest.param(256, FLOAT16, CALLED, marks=(full, on_cuda)),
+        pytest.param(256, FLOAT32, CALLED, marks=(full, on_cuda)),
+    ],
+)
+def bench_reorganize_backward(
+    harness: Harness, batch: int, dtype: torch.dtype, graph: bool
+) -> None:
     keep = 137
-    x, scores = reorganize_inputs(harness, 32, 197, 384)
-    tokens, index = viops.reorganize_tokens(x, scores, keep)
-    grad_tokens = torch.randn_like(tokens)
     compiled_reference = compiled(reference.reorganize_tokens)
-
-    def contender(function: Callable) -> Callable[[], object]:
-        return gradients(lambda x, s: function(x, s, keep), (x, scores), (grad_tokens,))
-
+    calls = {
+        "viops": lambda x, scores: viops.reorganize_tokens(x, scores, keep),
+        "eager": lambda x, scores: reference.reorganize_tokens(x, scores, keep),
+        "compile": lambda x, scores: compiled_reference(x, scores, keep),
+        "topk+gather": lambda x, scores: topk_gather(x, scores, keep),
+    }
+    if graph:
+        del calls["topk+gather"]
+    make = reorganize_inputs(harness, batch, 197, 384, dtype)
+    inputs = harness.input_sets(with_gradients(make, calls["viops"]))
+    x, scores, grad_tokens = inputs[0]
+    tokens, index = calls["viops"](x, scores)
     dropped = num_bytes(x) * (scores.shape[1] - keep) // x.shape[1]
     forward_bytes = num_bytes(x, scores, tokens, index)
     backward_bytes = num_bytes(grad_tokens, scores, index) + dropped + num_bytes(x, scores)
+    sizes = (f"B{batch}", "N197", "C384", f"keep {keep}")
     harness.compare(
-        "reorganize_tokens forward + backward, B32 N197 C384 keep 137 float32",
-        {
-            "viops": contender(viops.reorganize_tokens),
-            "eager": contender(reference.reorganize_tokens),
-            "compile": contender(compiled_reference),
-            "topk+gather": contender(topk_gather),
-        },
-        floor=Floor(bytes=forward_bytes + backward_bytes),
+        f"reorganize_tokens forward + backward, {size(*sizes, dtype=dtype, graph=graph)}",
+        {name: forward_backward(call) for name, call in calls.items()},
+        inputs=inputs,
+        floor=Floor(forward_bytes + backward_bytes),
         bars={"cpu": {"eager": (">=", 8), "compile": (">=", 5)}},
+        calls=CALLS_ON_GPU if harness.on_gpu else 1,
+        graph=graph,
     )
 
 
-def bench_reorganize_overhead(harness: Harness) -> None:
-    x, scores = reorganize_inputs(harness, 1, 5, 8)
+@pytest.mark.parametrize(("requires_grad", "limit"), [(False, 12e-6), (True, 30e-6)])
+def bench_reorganize_overhead(harness: Harness, requires_grad: bool, limit: float) -> None:
+    x, scores = (t.requires_grad_(requires_grad) for t in reorganize_inputs(harness, 1, 5, 8)(0))
+    suffix = " with requires_grad" if requires_grad else ""
     harness.compare(
-        "reorganize_tokens forward, a tiny call: B1 N5 C8 keep 2 float32",
+        f"reorganize_tokens forward{suffix}, a tiny call: B1 N5 C8 keep 2 float32",
         {
             "viops": lambda: viops.reorganize_tokens(x, scores, 2),
             "eager": lambda: reference.reorganize_tokens(x, scores, 2),
             "topk+gather": lambda: topk_gather(x, scores, 2),
         },
-        bars={"cpu": {"viops": ("<=", 12e-6)}},
+        bars={"cpu": {"viops": ("<=", limit)}},
         calls=1000,
     )
 
 
-def bench_reorganize_overhead_with_gradient(harness: Harness) -> None:
-    x, scores = (t.requires_grad_() for t in reorganize_inputs(harness, 1, 5, 8))
-    harness.compare(
-        "reorganize_tokens forward with requires_grad, a tiny call: B1 N5 C8 keep 2 float32",
-        {
-            "viops": lambda: viops.reorganize_tokens(x, scores, 2),
-            "eager": lambda: reference.reorganize_tokens(x, scores, 2),
-            "topk+gather": lambda: topk_gather(x, scores, 2),
-        },
-        bars={"cpu": {"viops": ("<=", 30e-6)}},
-        calls=1000,
-    )
-
-
-def restore_inputs(harness: Harness) -> tuple[Tensor, Tensor]:
-    """tokens [32, 139, 384] and index [32, 137]."""
-    return viops.reorganize_tokens(*reorganize_inputs(harness, 32, 197, 384), 137)
-
-
 @full
-def bench_restore_forward(harness: Harness) -> None:
-    tokens, index = restore_inputs(harness)
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "dtype"),
+    [
+        pytest.param(32, FLOAT32, marks=on_cpu),
+        pytest.param(256, BFLOAT16, marks=on_cuda),
+    ],
+)
+def bench_restore(harness: Harness, batch: int, dtype: torch.dtype, backward: bool) -> None:
     compiled_reference = compiled(reference.restore_tokens)
+    calls = {
+        "viops": lambda tokens, index: viops.restore_tokens(tokens, index, 196),
+        "eager": lambda tokens, index: reference.restore_tokens(tokens, index, 196),
+        "compile": lambda tokens, index: compiled_reference(tokens, index, 196),
+    }
+
+    def make(seed: int) -> tuple[Tensor, Tensor]:
+        """tokens [B, 139, 384] and index [B, 137]."""
+        made = reorganize_inputs(harness, batch, 197, 384, dtype)(seed)
+        return viops.reorganize_tokens(*made, 137)
+
+    inputs = harness.input_sets(with_gradients(make, calls["viops"]) if backward else make)
+    moved = num_bytes(*inputs[0][:2], calls["viops"](*inputs[0][:2]))
+    what = "forward + backward" if backward else "forward"
+    sizes = (f"B{batch}", "N197", "C384", "keep 137")
     harness.compare(
-        "restore_tokens forward, B32 N197 C384 keep 137 float32",
-        {
-            "viops": lambda: viops.restore_tokens(tokens, index, 196),
-            "eager": lambda: reference.restore_tokens(tokens, index, 196),
-            "compile": lambda: compiled_reference(tokens, index, 196),
-        },
-        floor=Floor(bytes=num_bytes(tokens, index, viops.restore_tokens(tokens, index, 196))),
+        f"restore_tokens {what}, {size(*sizes, dtype=dtype)}",
+        {name: forward_backward(call) for name, call in calls.items()} if backward else calls,
+        inputs=inputs,
+        floor=Floor(2 * moved if backward else moved),
+        calls=CALLS_ON_GPU if harness.on_gpu else 1,
     )
 
 
-@full
-def bench_restore_backward(harness: Harness) -> None:
-    tokens, index = restore_inputs(harness)
-    x = viops.restore_tokens(tokens, index, 196)
-    grad_x = torch.randn_like(x)
-    compiled_reference = compiled(reference.restore_tokens)
+def fused_qkv(
+    harness: Harness, batch: int, num_heads: int, num_tokens: int, dtype: torch.dtype = FLOAT32
+) -> Callable[[int], tuple[Tensor]]:
+    """Makes [B, N, 3 * H * 64] from a seed, as a fused qkv linear gives it."""
 
-    def contender(function: Callable) -> Callable[[], object]:
-        return gradients(lambda t: function(t, index, 196), (tokens,), (grad_x,))
+    def make(seed: int) -> tuple[Tensor]:
+        generator = torch.Generator(harness.device).manual_seed(seed)
+        shape = (batch, num_tokens, 3 * num_heads * 64)
+        qkv = torch.randn(shape, generator=generator, device=harness.device, dtype=dtype)
+        return (qkv,)
 
-    harness.compare(
-        "restore_tokens forward + backward, B32 N197 C384 keep 137 float32",
-        {
-            "viops": contender(viops.restore_tokens),
-            "eager": contender(reference.restore_tokens),
-            "compile": contender(compiled_reference),
-        },
-        floor=Floor(bytes=2 * num_bytes(tokens, index, x)),
-    )
-
-
-def fused_qkv(harness: Harness, batch: int, num_heads: int, num_tokens: int) -> Tensor:
-    """[B, N, 3 * H * 64], as a fused qkv linear gives it."""
-    generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(batch, num_tokens, 3 * num_heads * 64, generator=generator)
-    return qkv.to(harness.device)
+    return make
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
@@ -216,40 +278,102 @@ def attention_flops(batch: int, num_heads: int, num_tokens: int) -> int:
     return 4 * batch * num_heads * num_tokens**2 * 64
 
 
+def attention_calls(num_heads: int) -> dict[str, Callable[[Tensor], object]]:
+    """The contenders of class_attention, as functions of qkv."""
+    compiled_reference = compiled(reference.class_attention)
+    functions = {
+        "viops": viops.class_attention,
+        "sdpa alone": F.scaled_dot_product_attention,
+        "eager": reference.class_attention,
+        "compile": compiled_reference,
+    }
+    return {
+        name: lambda qkv, function=function: function(*split_heads(qkv, num_heads))
+        for name, function in functions.items()
+    }
+
+
+SDPA_AND = {"sdpa alone": ("<=", 1.06)}
+
+
 @pytest.mark.parametrize(
-    ("num_heads", "num_tokens", "keep_heap", "bars"),
+    ("batch", "num_heads", "num_tokens", "dtype", "graph", "keep_heap", "bars"),
     [
-        pytest.param(6, 197, False, {"eager": (">=", 1.25)}, id="B8-H6-N197-D64"),
+        pytest.param(
+            *(8, 6, 197, FLOAT32, CALLED, False), {**SDPA_AND, "eager": (">=", 1.25)}, marks=on_cpu
+        ),
         # the full matrix takes 128 MB here: once as users meet it, once without its page faults
-        pytest.param(12, 577, False, {"eager": (">=", 3)}, id="B8-H12-N577-D64"),
-        pytest.param(12, 577, True, {"eager": (">=", 3)}, id="B8-H12-N577-D64-keep-heap"),
+        pytest.param(
+            *(8, 12, 577, FLOAT32, CALLED, False), {**SDPA_AND, "eager": (">=", 3)}, marks=on_cpu
+        ),
+        pytest.param(
+            *(8, 12, 577, FLOAT32, CALLED, True), {**SDPA_AND, "eager": (">=", 3)}, marks=on_cpu
+        ),
+        pytest.param(
+            *(256, 6, 197, BFLOAT16, CALLED, False), {"sdpa alone": ("<=", 1.15)}, marks=on_cuda
+        ),
+        pytest.param(256, 6, 197, BFLOAT16, GRAPH, False, {}, marks=on_cuda),
+        pytest.param(256, 6, 197, FLOAT16, CALLED, False, {}, marks=(full, on_cuda)),
+        pytest.param(256, 6, 197, FLOAT32, CALLED, False, {}, marks=(full, on_cuda)),
     ],
 )
 def bench_class_attention_forward(
-    harness: Harness, num_heads: int, num_tokens: int, keep_heap: bool, bars: dict
+    harness: Harness,
+    batch: int,
+    num_heads: int,
+    num_tokens: int,
+    dtype: torch.dtype,
+    graph: bool,
+    keep_heap: bool,
+    bars: dict,
 ) -> None:
-    q, k, v = split_heads(fused_qkv(harness, 8, num_heads, num_tokens), num_heads)
-    compiled_reference = compiled(reference.class_attention)
+    sizes = (f"B{batch}", f"H{num_heads}", f"N{num_tokens}", "D64")
     suffix = ", heap kept" if keep_heap else ""
     harness.compare(
-        f"class_attention forward, B8 H{num_heads} N{num_tokens} D64 float32{suffix}",
-        {
-            "viops": lambda: viops.class_attention(q, k, v),
-            "sdpa alone": lambda: F.scaled_dot_product_attention(q, k, v),
-            "eager": lambda: reference.class_attention(q, k, v),
-            "compile": lambda: compiled_reference(q, k, v),
-        },
-        floor=Floor(flops=attention_flops(8, num_heads, num_tokens)),
-        bars={"cpu": {"sdpa alone": ("<=", 1.06), **bars}},
+        f"class_attention forward, {size(*sizes, dtype=dtype, graph=graph)}{suffix}",
+        attention_calls(num_heads),
+        inputs=harness.input_sets(fused_qkv(harness, batch, num_heads, num_tokens, dtype)),
+        floor=Floor(flops=attention_flops(batch, num_heads, num_tokens), dtype=dtype),
+        bars={harness.device.type: bars},
         other_result=("sdpa alone",),
+        calls=CALLS_ON_GPU if harness.on_gpu else 1,
+        graph=graph,
         keep_heap=keep_heap,
+    )
+
+
+@on_cuda
+@pytest.mark.parametrize("graph", [CALLED, GRAPH])
+def bench_class_attention_scores(harness: Harness, graph: bool) -> None:
+    """What class_attention adds to torch's attention."""
+    inputs = harness.input_sets(fused_qkv(harness, 256, 6, 197, BFLOAT16))
+    compiled_reference = compiled(reference.class_attention_scores)
+    functions = {
+        "viops": viops.class_attention_scores,
+        "eager": reference.class_attention_scores,
+        "compile": compiled_reference,
+    }
+    _, k, _ = split_heads(*inputs[0], 6)
+    scores = viops.class_attention_scores(k, k)
+    sizes = ("B256", "H6", "N197", "D64")
+    harness.compare(
+        f"class_attention_scores forward, {size(*sizes, dtype=BFLOAT16, graph=graph)}",
+        {
+            name: lambda qkv, function=function: function(*split_heads(qkv, 6)[:2])
+            for name, function in functions.items()
+        },
+        inputs=inputs,
+        floor=Floor(num_bytes(k, scores)),
+        calls=CALLS_ON_GPU,
+        graph=graph,
     )
 
 
 @pytest.mark.parametrize(("requires_grad", "limit"), [(False, 12e-6), (True, 30e-6)])
 def bench_class_attention_overhead(harness: Harness, requires_grad: bool, limit: float) -> None:
     """Two ops a call: the scores and the attention."""
-    q, k, v = (t.requires_grad_(requires_grad) for t in split_heads(fused_qkv(harness, 1, 1, 5), 1))
+    (qkv,) = fused_qkv(harness, 1, 1, 5)(0)
+    q, k, v = (t.requires_grad_(requires_grad) for t in split_heads(qkv, 1))
     suffix = " with requires_grad" if requires_grad else ""
     harness.compare(
         f"class_attention forward{suffix}, a tiny call: B1 H1 N5 D64 float32",
@@ -263,63 +387,73 @@ def bench_class_attention_overhead(harness: Harness, requires_grad: bool, limit:
 
 
 @full
-def bench_class_attention_backward(harness: Harness) -> None:
-    num_heads = 6
-    qkv = fused_qkv(harness, 8, num_heads, 197)
-    out, scores = viops.class_attention(*split_heads(qkv, num_heads))
-    grads = (torch.randn_like(out), torch.randn_like(scores))
-    compiled_reference = compiled(reference.class_attention)
-
-    def contender(function: Callable) -> Callable[[], object]:
-        return gradients(lambda qkv: function(*split_heads(qkv, num_heads)), (qkv,), grads)
-
-    def sdpa(*qkv: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*qkv)
-
-    def sdpa_alone() -> Callable[[], object]:
-        return gradients(lambda qkv: sdpa(*split_heads(qkv, num_heads)), (qkv,), grads[:1])
-
+@pytest.mark.parametrize(
+    ("batch", "dtype", "graph"),
+    [
+        pytest.param(8, FLOAT32, CALLED, marks=on_cpu),
+        pytest.param(256, BFLOAT16, CALLED, marks=on_cuda),
+        pytest.param(256, BFLOAT16, GRAPH, marks=on_cuda),
+        pytest.param(256, FLOAT16, CALLED, marks=on_cuda),
+        pytest.param(256, FLOAT32, CALLED, marks=on_cuda),
+    ],
+)
+def bench_class_attention_backward(
+    harness: Harness, batch: int, dtype: torch.dtype, graph: bool
+) -> None:
+    calls = attention_calls(6)
+    make = fused_qkv(harness, batch, 6, 197, dtype)
     harness.compare(
-        "class_attention forward + backward, B8 H6 N197 D64 float32",
-        {
-            "viops": contender(viops.class_attention),
-            "sdpa alone": sdpa_alone(),
-            "eager": contender(reference.class_attention),
-            "compile": contender(compiled_reference),
-        },
-        floor=Floor(flops=3 * attention_flops(8, num_heads, 197)),
+        "class_attention forward + backward, "
+        + size(f"B{batch}", "H6", "N197", "D64", dtype=dtype, graph=graph),
+        {name: forward_backward(call, num_grads=2) for name, call in calls.items()},
+        inputs=harness.input_sets(with_gradients(make, calls["viops"])),
+        floor=Floor(flops=3 * attention_flops(batch, 6, 197), dtype=dtype),
         other_result=("sdpa alone",),
+        calls=CALLS_ON_GPU if harness.on_gpu else 1,
+        graph=graph,
     )
 
 
-def bench_deit_forward(harness: Harness) -> None:
+@pytest.mark.parametrize(
+    ("batch", "dtype", "compiles"),
+    [
+        pytest.param(8, FLOAT32, False, marks=on_cpu),
+        pytest.param(256, BFLOAT16, False, marks=on_cuda),
+        pytest.param(256, BFLOAT16, True, marks=on_cuda),
+    ],
+)
+def bench_deit_forward(harness: Harness, batch: int, dtype: torch.dtype, compiles: bool) -> None:
     timm = pytest.importorskip("timm", reason="the DeiT-S bench takes the model from timm")
     torch.manual_seed(0)
-    unpatched = timm.create_model("deit_small_patch16_224").eval().to(harness.device)
-    patched = timm.create_model("deit_small_patch16_224").eval().to(harness.device)
+    unpatched = timm.create_model("deit_small_patch16_224").eval().to(harness.device, dtype)
+    patched = timm.create_model("deit_small_patch16_224").eval().to(harness.device, dtype)
     patched.load_state_dict(unpatched.state_dict())
     viops.patch.evit(patched, keep_rate=0.7, layers=(3, 6, 9))
-    images = torch.randn(8, 3, 224, 224, device=harness.device)
+    images = torch.randn(batch, 3, 224, 224, device=harness.device, dtype=dtype)
 
-    def eager() -> Tensor:
+    def eager(images: Tensor) -> Tensor:
         with viops.use_backend("reference"):
             return patched(images)
 
+    contenders = {"viops": patched, "unpatched": unpatched, "eager": eager}
+    if compiles:
+        contenders = {"viops": compiled(patched), "unpatched": compiled(unpatched)}
+    # rounded to bfloat16, scores tie, and the reference keeps other patches
+    others = ("unpatched",) if dtype is FLOAT32 or compiles else ("unpatched", "eager")
     with torch.no_grad():
         flops = count_flops(patched, images)
         record = harness.compare(
-            "DeiT-S/16 forward, 224x224, B8, keep 0.7 at layers 3, 6, 9, float32",
-            {
-                "viops": lambda: patched(images),
-                "unpatched": lambda: unpatched(images),
-                "eager": eager,
-            },
-            floor=Floor(flops=flops),
-            bars={"cpu": {"unpatched": (">=", 1.45)}},
-            other_result=("unpatched",),
+            f"DeiT-S/16{' compiled' * compiles} forward, 224x224, B{batch}, "
+            f"keep 0.7 at layers 3, 6, 9, {name_of(dtype)}",
+            contenders,
+            inputs=[(images,)],
+            floor=Floor(flops=flops, dtype=dtype),
+            bars={device: {"unpatched": (">=", 1.45)} for device in ("cpu", "cuda")},
+            other_result=others,
+            calls=3 if harness.on_gpu else 1,
             notes={"operations": f"1/{count_flops(unpatched, images) / flops:.2f} of unpatched's"},
         )
-    rates = [f"{n} {8 / row['best']:.3g}" for n, row in record["contenders"].items()]
+    rates = [f"{n} {batch / row['best']:.3g}" for n, row in record["contenders"].items()]
     record["notes"]["images/s"] = ", ".join(rates)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import viops
-from harness import Harness, format_bars, format_record
+from harness import Harness
+from tables import format_bars, format_record
 from viops import native
 
 _RECORDS = pytest.StashKey[list]()
@@ -28,7 +29,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RECORDS] = []
     torch.set_num_threads(config.getoption("threads"))
+    if _on_gpu(config):
+        torch.cuda.set_device(config.getoption("device"))  # events are those of the current one
     _define_torchvision_ops()
+
+
+def _on_gpu(config: pytest.Config) -> bool:
+    return torch.device(config.getoption("device")).type == "cuda"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the benches of another device: a mark device("cuda") or device("cpu") says so."""
+    device = torch.device(config.getoption("device")).type
+    others = []
+    for item in items:
+        mark = item.get_closest_marker("device")
+        if mark is not None and mark.args != (device,):
+            others.append(item)
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
 
 
 def _define_torchvision_ops() -> None:
@@ -51,6 +71,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     reporter.write_line(
         f"viops {viops.__version__}, {native.load_error or 'with its compiled extension'}"
     )
+    if _on_gpu(session.config):
+        device = f"{device}, {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     reporter.write_line(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     if load > cores / 2:
@@ -92,6 +114,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info.pop("node", None)  # the name of a host is nobody's business
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
+    if _on_gpu(config):
+        machine_info["gpu"] = torch.cuda.get_device_name()
+        machine_info["cuda"] = torch.version.cuda
 
 
 def pytest_benchmark_update_json(

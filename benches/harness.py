@@ -10,25 +10,28 @@ what the other contenders took, the ratios and the bars are in `extra_info` of e
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import operator
-import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from sampling import (
+    RAISED_HEAP,
+    USUAL_HEAP,
+    captured,
+    in_turn,
+    malloc_thresholds,
+    page_faults,
+    sample_on_cpu,
+    sample_on_cuda,
+    without_garbage_collection,
+)
+from tables import times
 from torch import Tensor
-
-try:
-    import resource
-except ImportError:  # Windows has no count of page faults
-    resource = None  # type: ignore[assignment]
 
 #: A bar: "<=" is at most so many times the contender's time, ">=" at least so many times faster.
 #: Against "viops" itself, the limit is seconds a call.
@@ -43,16 +46,21 @@ _SAME_RESULT = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, t
 #: small enough to take milliseconds.
 _MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
 
+#: Bytes that the copy reads and writes, far more than caches hold; on the CPU as many as the op.
+_COPY_BYTES = {"cuda": 2 << 30}
+
+#: On a GPU the inputs of calls in turn take so many times its L2 cache.
+_CACHES = 4
+_MAX_INPUT_SETS = 32
+
+#: How often a sample replays a CUDA graph: the launch of the first one is a part of its time.
+_REPLAYS = 4
+
 _MAX_ROUNDS = 1000
 
 #: A round of less than so many seconds is repeated at least so often, also with --quick: the best
 #: of a few short samples is the machine's mood.
 _SHORT_ROUND = (0.2, 9)
-
-#: Bytes from which glibc maps an allocation anew, and from which it gives the heap's end back.
-#: Usual is where glibc's own adjustment ends in a process that has freed a few large tensors.
-_USUAL = (32 << 20, 64 << 20)
-_RAISED = (1 << 30, 2**31 - 1)
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ class Floor:
 
     bytes: int = 0
     flops: int = 0
+    #: Of the matrices whose product shows the rate of the operations.
+    dtype: torch.dtype = torch.float32
 
 
 class Sample(NamedTuple):
@@ -68,6 +78,16 @@ class Sample(NamedTuple):
 
     seconds: float
     page_faults: int
+
+
+class Timed(NamedTuple):
+    """What one sample runs."""
+
+    run: Callable[[], object]
+    #: How often a sample runs it.
+    times: int
+    #: How many calls of the contender one run makes.
+    calls: int = 1
 
 
 class Harness:
@@ -102,17 +122,29 @@ class Harness:
         self._min_rounds = min_rounds
         self._only_viops = only_viops
         self._warm = warm
-        self._sample = _sample_on_cuda if self.device.type == "cuda" else _sample_on_cpu
+        self.on_gpu = self.device.type == "cuda"
+        self._sample = sample_on_cuda if self.on_gpu else sample_on_cpu
+
+    def input_sets(self, make: Callable[[int], tuple]) -> list[tuple]:
+        """Inputs made from seeds, for calls in turn: on a GPU more than its cache holds."""
+        sets = [make(0)]
+        if self.on_gpu:
+            cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+            wanted = -(-_CACHES * cache // max(_num_bytes(sets[0]), 1))
+            sets += [make(seed) for seed in range(1, min(max(wanted, 2), _MAX_INPUT_SETS))]
+        return sets
 
     def compare(
         self,
         title: str,
-        contenders: Mapping[str, Callable[[], object]],
+        contenders: Mapping[str, Callable[..., object]],
         *,
+        inputs: Sequence[tuple] = ((),),
         floor: Floor | None = None,
         bars: Mapping[str, Mapping[str, Bar]] | None = None,
         other_result: Sequence[str] = (),
         calls: int = 1,
+        graph: bool = False,
         keep_heap: bool = False,
         notes: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
@@ -120,13 +152,16 @@ class Harness:
 
         Args:
             title: what is timed, with its sizes.
-            contenders: by name, functions without arguments; "viops" is the one that the others
-                are compared with, and all must compute what it computes.  "compile" may fail: the
-                record then says why.
+            contenders: by name, functions of what one set of inputs holds; "viops" is the one that
+                the others are compared with, and all must compute what it computes.  "compile" may
+                fail: the record then says why.
+            inputs: sets of inputs, taken in turn from one call to the next: `input_sets`.
             floor: what the op must move and compute.
             bars: by device type, then by contender (or "floor", or "viops" for seconds a call).
             other_result: contenders that by their nature compute something else.
             calls: calls in one sample, for what is too short to time by itself.
+            graph: whether the calls of a sample are replayed as one CUDA graph, so that kernels
+                are timed apart from their launches.
             keep_heap: whether large outputs, too, come from memory that is already mapped, for all
                 contenders alike.  By default those over 32 MB are mapped and faulted at each
                 call, as in a user's own process.
@@ -134,17 +169,26 @@ class Harness:
         """
         limits = (bars or {}).get(self.device.type, {})
         _check_arguments(contenders, floor, limits, other_result)
+        if graph and not self.on_gpu:
+            raise ValueError(f"graph: expected a CUDA device, got {self.device}")
         contenders = dict(contenders)
         if self._only_viops:
             contenders = {"viops": contenders["viops"]}
             floor, limits, other_result = None, {}, ()
-        with malloc_thresholds(_RAISED if keep_heap else _USUAL) as malloc:
-            errors = self._warm_up(contenders, other_result)
-            floor_names = self._add_floor(contenders, floor)
-            samples = self._run_rounds(contenders, calls)
-        measured: dict[str, dict[str, Any]] = {
-            name: _summary(samples[name]) for name in contenders if name not in floor_names
-        }
+        with malloc_thresholds(RAISED_HEAP if keep_heap else USUAL_HEAP) as malloc:
+            errors = self._warm_up(contenders, inputs, other_result)
+            if graph:
+                timed = {
+                    name: Timed(captured(call, inputs, calls), _REPLAYS, calls)
+                    for name, call in contenders.items()
+                }
+            else:
+                timed = {
+                    name: Timed(in_turn(call, inputs), calls) for name, call in contenders.items()
+                }
+            timed |= self._floor_contenders(floor, calls)
+            samples = self._run_rounds(timed)
+        measured: dict[str, dict[str, Any]] = {name: _summary(samples[name]) for name in contenders}
         measured |= {name: {"error": text} for name, text in errors.items()}
         record: dict[str, Any] = {
             "op": self._op,
@@ -152,6 +196,9 @@ class Harness:
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "calls": calls,
+            "graph": graph,
+            "input_sets": len(inputs),
+            "input_bytes": sum(map(_num_bytes, inputs)),
             "malloc": malloc,
             "warm": self._warm,
             "rounds": len(samples["viops"]),
@@ -167,14 +214,17 @@ class Harness:
         return record
 
     def _warm_up(
-        self, contenders: dict[str, Callable[[], object]], other_result: Sequence[str]
+        self,
+        contenders: dict[str, Callable[..., object]],
+        inputs: Sequence[tuple],
+        other_result: Sequence[str],
     ) -> dict[str, str]:
         """Runs each contender until it is warm and checks its result; drops what cannot run."""
         errors: dict[str, str] = {}
-        expected = contenders["viops"]()
+        expected = contenders["viops"](*inputs[0])
         for name, call in list(contenders.items()):
             try:
-                result = call()
+                result = call(*inputs[0])
             except Exception as error:
                 if name != "compile":
                     raise
@@ -183,50 +233,49 @@ class Harness:
                 continue
             if name not in other_result:
                 _check_same_result(name, result, expected)
-            call()
+            for args in inputs:
+                call(*args)
         return errors
 
-    def _add_floor(
-        self, contenders: dict[str, Callable[[], object]], floor: Floor | None
-    ) -> tuple[str, ...]:
-        """Adds the copy and the matrix product to the contenders; their names."""
-        names: tuple[str, ...] = ()
+    def _floor_contenders(self, floor: Floor | None, calls: int) -> dict[str, Timed]:
+        """The copy and the matrix product that measure the machine."""
+        times = 1 if self.on_gpu else calls  # on a GPU one takes as long as many calls of an op
+        timed = {}
         if floor is not None and floor.bytes:
-            source = torch.ones(-(-floor.bytes // 8), device=self.device)  # half read, half written
+            moved = _COPY_BYTES.get(self.device.type, floor.bytes)
+            source = torch.rand(-(-moved // 8), device=self.device)  # half read, half written
             target = torch.ones_like(source)
-            contenders["copy"] = lambda: target.copy_(source)
-            names += ("copy",)
+            timed["copy"] = Timed(lambda: target.copy_(source), times)
         if floor is not None and floor.flops:
             side = _MATRIX_SIDE.get(self.device.type, 1024)
-            matrix = torch.ones(side, side, device=self.device)
+            matrix = torch.rand(side, side, device=self.device).to(floor.dtype)
             product = torch.empty_like(matrix)
-            contenders["matrix product"] = lambda: torch.mm(matrix, matrix, out=product)
-            names += ("matrix product",)
-        for name in names:
-            contenders[name]()
-        return names
+            timed["matrix product"] = Timed(lambda: torch.mm(matrix, matrix, out=product), times)
+        for name in timed:
+            timed[name].run()
+        return timed
 
-    def _run_rounds(
-        self, contenders: Mapping[str, Callable[[], object]], calls: int
-    ) -> dict[str, list[Sample]]:
+    def _run_rounds(self, timed: Mapping[str, Timed]) -> dict[str, list[Sample]]:
         """One sample a round of each contender."""
-        samples: dict[str, list[Sample]] = {name: [] for name in contenders}
-        others = [name for name in contenders if name != "viops"]
+        samples: dict[str, list[Sample]] = {name: [] for name in timed}
+        others = [name for name in timed if name != "viops"]
         order = random.Random(0)
 
         def run(name: str) -> None:
+            run, times, calls = timed[name]
             if self._warm:
-                contenders[name]()
+                run()
             faults = page_faults()
-            seconds = self._sample(contenders[name], calls)
-            samples[name].append(Sample(seconds, (page_faults() - faults) // calls))
+            seconds = self._sample(run, times) / calls
+            faults = (page_faults() - faults) // (times * calls)
+            samples[name].append(Sample(seconds, faults))
 
         def run_others() -> None:
             order.shuffle(others)
             for name in others:
                 run(name)
 
-        with _without_garbage_collection():
+        with without_garbage_collection():
             start = time.perf_counter()
             run_others()
             run("viops")
@@ -240,61 +289,6 @@ class Harness:
         short, least = _SHORT_ROUND
         least = max(self._min_rounds, least) if seconds < short else self._min_rounds
         return min(max(round(self._seconds / max(seconds, 1e-9)), least), _MAX_ROUNDS)
-
-
-def _sample_on_cpu(call: Callable[[], object], calls: int) -> float:
-    """Seconds that one of so many calls takes."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - start) / calls
-
-
-def _sample_on_cuda(call: Callable[[], object], calls: int) -> float:
-    """The same between two events on the current stream; earlier work has ended before."""
-    start = torch.cuda.Event(enable_timing=True)
-    end = torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(calls):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) * 1e-3 / calls
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextmanager
-def malloc_thresholds(thresholds: tuple[int, int]) -> Iterator[str]:
-    """Sets glibc's mmap and trim thresholds within the block; yields what holds there, in words."""
-    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    try:
-        if mallopt is None:
-            yield "not glibc's malloc"
-        elif mallopt(mmap_threshold, thresholds[0]) and mallopt(trim_threshold, thresholds[1]):
-            yield f"outputs over {thresholds[0] >> 20} MB are mapped at each call"
-        else:
-            yield "glibc refused the thresholds"
-    finally:
-        if mallopt is not None:
-            mallopt(mmap_threshold, _USUAL[0])
-            mallopt(trim_threshold, _USUAL[1])
-
-
-def page_faults() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else 0
 
 
 def _one_line(error: Exception) -> str:
@@ -323,6 +317,10 @@ def _check_arguments(
             raise ValueError(f"bars: {name!r} is not a contender; there are: {names}")
 
 
+def _num_bytes(value: object) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))
+
+
 def _tensors(value: object) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
@@ -336,9 +334,11 @@ def _check_same_result(name: str, result: object, expected: object) -> None:
     got, wanted = _tensors(result), _tensors(expected)
     if [t.shape for t in got] != [t.shape for t in wanted]:
         raise AssertionError(f"{name}: shapes differ from those of viops")
+    # float32 results beside bfloat16 ones may have been rounded to bfloat16 on the way
+    dtypes = {tensor.dtype for tensor in wanted if tensor.is_floating_point()}
+    tolerance = max((_SAME_RESULT[dtype] for dtype in dtypes), default=0.0)
     for place, (one, other) in enumerate(zip(got, wanted, strict=True)):
         if one.is_floating_point():
-            tolerance = _SAME_RESULT[one.dtype]
             norm = other.double().norm().item()
             difference = (one.double() - other.double()).norm().item()
             same = difference <= tolerance * norm  # false for NaN too
@@ -362,27 +362,21 @@ def _floor_summary(
 ) -> dict[str, Any]:
     """The longer of two times: to move the bytes, to do the operations."""
     result: dict[str, Any] = {"bytes": floor.bytes, "flops": floor.flops, "best": 0, "median": 0}
+    result["dtype"] = str(floor.dtype).removeprefix("torch.")
     shares = []
     if floor.bytes:
         copy = _summary(samples["copy"])
-        result["bytes_per_second"] = floor.bytes / copy["best"]
-        shares.append((copy, 1.0))
+        copied = _COPY_BYTES.get(device_type, floor.bytes)
+        result["bytes_per_second"] = copied / copy["best"]
+        shares.append((copy, floor.bytes / copied))
     if floor.flops:
         product = _summary(samples["matrix product"])
         product_flops = 2 * _MATRIX_SIDE.get(device_type, 1024) ** 3
         result["flops_per_second"] = product_flops / product["best"]
         shares.append((product, floor.flops / product_flops))
     for key in ("best", "median"):
-        result[key] = max(times[key] * share for times, share in shares)
+        result[key] = max(took[key] * share for took, share in shares)
     return result
-
-
-def _times(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What was measured, the floor included."""
-    rows = dict(record["contenders"])
-    if "floor" in record:
-        rows = {"viops": rows.pop("viops"), "floor": record["floor"], **rows}
-    return rows
 
 
 def _ratios(record: Mapping[str, Any]) -> dict[str, float]:
@@ -390,7 +384,7 @@ def _ratios(record: Mapping[str, Any]) -> dict[str, float]:
     viops = record["contenders"]["viops"]["best"]
     return {
         name: row["best"] / viops
-        for name, row in _times(record).items()
+        for name, row in times(record).items()
         if name != "viops" and "best" in row
     }
 
@@ -407,91 +401,3 @@ def _judge(name: str, bar: Bar, record: Mapping[str, Any]) -> dict[str, Any]:
             measured = 1 / measured
     met = measured is not None and _RELATIONS[relation](measured, limit)
     return {"against": name, "relation": relation, "limit": limit, "measured": measured, "met": met}
-
-
-def format_seconds(seconds: float) -> str:
-    """Three digits in s, ms or us."""
-    if seconds >= 1:
-        return f"{seconds:.3g} s"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
-
-
-def format_bar(bar: Mapping[str, Any]) -> str:
-    """Such as "at most 1.4 x: met"."""
-    words = "at most" if bar["relation"] == "<=" else "at least"
-    limit = format_seconds(bar["limit"]) if bar["against"] == "viops" else f"{bar['limit']:g} x"
-    return f"{words} {limit}: {'met' if bar['met'] else 'MISSED'}"
-
-
-def format_record(record: Mapping[str, Any]) -> str:
-    """The table of one bench."""
-    bars = {bar["against"]: bar for bar in record["bars"]}
-    rows = [("", "best", "median", "faults", "viops takes", "bar")]
-    for name, row in _times(record).items():
-        bar = format_bar(bars[name]) if name in bars else ""
-        if "error" in row:
-            rows.append((name, "failed", "", "", "", bar))
-            continue
-        took = ""
-        if name != "viops":
-            ratio = record["ratios"][name]
-            over = name == "floor" or bars.get(name, {}).get("relation") == "<="
-            took = f"{1 / ratio:.2f} x its time" if over or ratio < 1 else f"{ratio:.2f} x faster"
-        rows.append(
-            (
-                name,
-                format_seconds(row["best"]),
-                format_seconds(row["median"]),
-                str(row.get("page_faults", "")),
-                took,
-                bar,
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [f"{record['title']}  ({record['rounds']} rounds)"]
-    for first, *others in rows:
-        cells = [first.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  " + "  ".join(cells).rstrip())
-    lines += [f"  {text}" for text in _floor_lines(record)]
-    lines.append(f"  malloc: {record['malloc']}")
-    lines += [f"  {key}: {text}" for key, text in record["notes"].items()]
-    for name, row in record["contenders"].items():
-        if "error" in row:
-            lines.append(f"  {name} failed: {row['error']}")
-    return "\n".join(lines)
-
-
-def _floor_lines(record: Mapping[str, Any]) -> list[str]:
-    floor = record.get("floor", {})
-    lines = []
-    if floor.get("bytes"):
-        rate = floor["bytes_per_second"] / 1e9
-        lines.append(f"floor: {floor['bytes'] / 1e6:.3g} MB at {rate:.3g} GB/s, a copy in this run")
-    if floor.get("flops"):
-        rate = floor["flops_per_second"] / 1e9
-        lines.append(
-            f"floor: {floor['flops'] / 1e9:.3g} GFLOP at {rate:.3g} GFLOP/s, torch.mm in this run"
-        )
-    if record["ratios"].get("floor", 0) > 1:
-        lines.append(
-            "viops is faster than the floor: caches held the data, or torch.mm is below the peak"
-        )
-    return lines
-
-
-def format_bars(records: Sequence[Mapping[str, Any]]) -> str:
-    """All bars of a run, one a line."""
-    lines = []
-    for record in records:
-        for bar in record["bars"]:
-            measured = bar["measured"]
-            if measured is None:
-                text = "not measured"
-            else:
-                text = (
-                    format_seconds(measured) if bar["against"] == "viops" else f"{measured:.2f} x"
-                )
-            against = "a call" if bar["against"] == "viops" else bar["against"]
-            lines.append(f"{record['title']}, {against}: {text}, {format_bar(bar)}")
-    return "\n".join(lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -11,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -57,15 +57,9 @@ def bench_sleep(harness):
 """
 
 
-def load_harness():
-    spec = importlib.util.spec_from_file_location("benches_harness", BENCHES / "harness.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-harness_module = load_harness()
+sys.path.insert(0, str(BENCHES))
+import harness as harness_module  # noqa: E402
+import tables  # noqa: E402
 
 
 class FakeBenchmark:
@@ -98,7 +92,7 @@ def run_bench(capfd: pytest.CaptureFixture):
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with the harness and one trivial bench."""
-    for name in ("harness.py", "conftest.py", "pytest.ini"):
+    for name in ("harness.py", "sampling.py", "tables.py", "conftest.py", "pytest.ini"):
         shutil.copy(BENCHES / name, tmp_path / name)
     (tmp_path / "bench_trivial.py").write_text(TRIVIAL_BENCH)
     return tmp_path
@@ -185,6 +179,136 @@ def test_bad_arguments_are_named(arguments, message):
         make_harness().compare("bad", **{**defaults, **arguments})
 
 
+def test_calls_take_the_sets_of_inputs_in_turn():
+    seen = []
+    harness = make_harness(min_rounds=2)
+    sets = [(torch.full((2,), float(i)), i) for i in range(3)]
+    record = harness.compare(
+        "sets",
+        {"viops": lambda x, i: seen.append(i), "eager": lambda x, i: None},
+        inputs=sets,
+        calls=6,
+    )
+    rounds = record["rounds"]
+    assert seen[-6 * rounds :] == [0, 1, 2] * 2 * rounds
+    assert (record["input_sets"], record["input_bytes"]) == (3, 24)
+    assert make_harness().input_sets(lambda seed: (seed,)) == [(0,)]
+
+
+def fake_gpu_harness(monkeypatch, seconds: dict[str, float]):
+    """A harness for "cuda" whose samples take as long as the contender's name says."""
+    properties = types.SimpleNamespace(L2_cache_size=100)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    harness = make_harness(device="cuda", min_rounds=2)
+    running = []
+    monkeypatch.setattr(
+        harness_module, "in_turn", lambda call, inputs: lambda: running.append(call.__name__)
+    )
+    monkeypatch.setattr(
+        harness_module,
+        "captured",
+        lambda call, inputs, calls: lambda: running.extend([call.__name__] * calls),
+    )
+
+    def copy():
+        running.append("copy")
+
+    def floor_contenders(floor, calls):
+        return {"copy": harness_module.Timed(copy, 1)} if floor else {}
+
+    def sample(run, times):
+        running.clear()
+        for _ in range(times):
+            run()
+        return sum(seconds[name] for name in running) / times
+
+    monkeypatch.setattr(harness, "_floor_contenders", floor_contenders)
+    monkeypatch.setattr(harness, "_sample", sample)
+    return harness
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_bars_of_a_gpu(monkeypatch: pytest.MonkeyPatch, graph: bool):
+    def kernel(x):
+        return x
+
+    def slow(x):
+        return x.clone()
+
+    moved = 66_000_000
+    # the copy moves 2 GiB: at 3 TB/s the 66 MB take 22 us
+    seconds = {"kernel": 28e-6, "slow": 196e-6, "copy": (2 << 30) / 3e12}
+    harness = fake_gpu_harness(monkeypatch, seconds)
+    record = harness.compare(
+        "double, B256",
+        {"viops": kernel, "eager": slow},
+        inputs=harness.input_sets(lambda seed: (torch.ones(50),)),
+        floor=harness_module.Floor(moved),
+        bars={
+            "cpu": {"eager": (">=", 100)},
+            "cuda": {"floor": ("<=", 1 / 0.75), "eager": (">=", 8)},
+        },
+        calls=20,
+        graph=graph,
+    )
+    assert record["contenders"]["viops"]["best"] == pytest.approx(28e-6)
+    assert record["floor"]["best"] == pytest.approx(22e-6)
+    assert {bar["against"]: bar["met"] for bar in record["bars"]} == {"floor": True, "eager": False}
+    lines = [" ".join(line.split()) for line in tables.format_record(record).splitlines()]
+    assert "floor 22 us 22 us 1.27 x its time at most 1.33 x: met" in lines
+    assert "eager 196 us 196 us 7.00 x faster at least 8 x: MISSED" in lines
+    assert "viops moves 2.36e+03 GB/s, 79% of what the copy moves" in lines
+    how = "replayed as a CUDA graph" if graph else "queued"
+    assert f"20 calls a sample, {how}, on 2 sets of inputs in turn, 0.0004 MB" in lines
+    assert not any("malloc" in line or "faults" in line for line in lines)
+
+
+def test_inputs_of_a_gpu_outgrow_its_cache(monkeypatch: pytest.MonkeyPatch):
+    harness = fake_gpu_harness(monkeypatch, {})
+    for length, count in ((5, 20), (50, 2), (500, 2), (1, 32)):  # 4 bytes each, a cache of 100
+        sets = harness.input_sets(lambda seed, length=length: (torch.full((length,), float(seed)),))
+        assert len(sets) == count
+        assert {int(x[0]) for (x,) in sets} == set(range(len(sets)))
+
+
+def test_a_graph_needs_a_gpu():
+    with pytest.raises(ValueError, match="graph: expected a CUDA device, got cpu"):
+        make_harness().compare("graph", {"viops": int}, graph=True)
+
+
+def test_float32_beside_bfloat16_is_compared_as_bfloat16():
+    def contenders(*dtypes):
+        exact = [torch.ones(3, dtype=dtype) for dtype in dtypes]
+        return {"viops": lambda: exact, "eager": lambda: [exact[0], exact[1] * 1.004]}
+
+    make_harness().compare("rounded", contenders(torch.bfloat16, torch.float32))
+    with pytest.raises(AssertionError, match="eager: result 1 differs"):
+        make_harness().compare("wrong", contenders(torch.float32, torch.float32))
+
+
+def test_benches_of_the_other_device_are_left_out(folder: Path, run_bench):
+    (folder / "bench_trivial.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('dtype', ['here', pytest.param('there', marks="
+        "pytest.mark.device('cuda'))])\n"
+        "def bench_one(harness, dtype):\n"
+        "    harness.compare(dtype, {'viops': int})\n"
+    )
+    status, out, err = run_bench("--benches", str(folder), "--quick")
+    assert status == 0, out + err
+    assert "1 passed, 1 deselected" in out
+
+
+def test_results_are_named_after_the_gpu_or_the_processor(tmp_path: Path):
+    from viops.cli.bench import _inside
+
+    machine = {"cpu": {"brand_raw": "AMD EPYC", "count": 2}}
+    assert _inside(tmp_path, {"machine_info": machine}, ".json").name == "amd-epyc-2-cores.json"
+    machine["gpu"] = "NVIDIA H100 80GB HBM3"
+    assert _inside(tmp_path, {"machine_info": machine}, ".png").name == "nvidia-h100-80gb-hbm3.png"
+    assert _inside(tmp_path / "a.json", {}, ".json") == tmp_path / "a.json"
+
+
 def test_only_viops_leaves_the_others_out():
     contenders = {"viops": int, "eager": lambda: pytest.fail("was run")}
     harness = make_harness(only_viops=True)
@@ -211,14 +335,14 @@ def test_table_says_what_is_missed_and_what_failed():
     }
     for name, bar in (("floor", ("<=", 1.4)), ("eager", (">=", 2)), ("compile", (">=", 1))):
         record["bars"].append(harness_module._judge(name, bar, record))
-    lines = [" ".join(line.split()) for line in harness_module.format_record(record).splitlines()]
+    lines = [" ".join(line.split()) for line in tables.format_record(record).splitlines()]
     assert "floor 1 ms 1 ms 2.00 x its time at most 1.4 x: MISSED" in lines
     assert "eager 6 ms 7 ms 12 3.00 x faster at least 2 x: met" in lines
     assert "lean 1 ms 1 ms 0 2.00 x its time" in lines
     assert "compile failed at least 1 x: MISSED" in lines
     assert "compile failed: RuntimeError: no compiler" in lines
     assert "images/s: 7" in lines
-    bars = harness_module.format_bars([record]).splitlines()
+    bars = tables.format_bars([record]).splitlines()
     assert "double, floor: 2.00 x, at most 1.4 x: MISSED" in bars
     assert "double, compile: not measured, at least 1 x: MISSED" in bars
 
@@ -356,5 +480,5 @@ def test_faster_than_the_floor_is_remarked():
     floor = {"bytes": 10**6, "bytes_per_second": 1e9}
     remark = "viops is faster than the floor: caches held the data, or torch.mm is below the peak"
     for ratio, remarked in ((0.9, False), (1.1, True)):
-        lines = harness_module._floor_lines({"floor": floor, "ratios": {"floor": ratio}})
+        lines = tables._floor_lines({"floor": floor, "ratios": {"floor": ratio}})
         assert (remark in lines) == remarked

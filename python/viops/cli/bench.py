@@ -50,14 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, help="threads on the CPU; 2 unless there is one core"
     )
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the ratios as a bar chart")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        type=Path,
+        help="draw the ratios as a bar chart; into a folder as <machine>.png",
+    )
     parser.add_argument(
         "--json",
         metavar="FILE",
         type=Path,
         nargs="?",
         const=Path(),
-        help="keep the results; without FILE as results/<machine>.json beside the benches",
+        help="keep the results; into a folder, or without FILE into results beside the benches, as "
+        "<machine>.json",
     )
     parser.add_argument("--check", action="store_true", help="fail where a bar is missed")
     parser.add_argument("--base", metavar="REV", help="compare with this commit of the checkout")
@@ -77,10 +83,15 @@ def run(args: argparse.Namespace) -> int:
     print(f"benches of {folder}", flush=True)
     status, report = _run_pytest(folder, files, args)
     if args.plot:
-        _plot(report, args.plot)
-        print(f"drawn: {args.plot}")
+        path = _inside(args.plot, report, ".png")
+        _plot(report, path)
+        print(f"drawn: {path}")
     if args.json is not None:
-        path = args.json if args.json.name else folder / "results" / f"{_machine(report)}.json"
+        path = args.json
+        if not path.name:
+            path = folder / "results"
+            path.mkdir(exist_ok=True)
+        path = _inside(path, report, ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
         print(f"written: {path}")
@@ -108,7 +119,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
                 )
     if args.plot is not None:
         _check_plot(args.plot)
-    if args.json is not None and args.json.name:
+    if args.json is not None and args.json.name and not args.json.is_dir():
         _check_writable("--json", args.json)
 
 
@@ -129,6 +140,8 @@ def _check_device(name: str) -> None:
 def _check_plot(path: Path) -> None:
     from matplotlib.backend_bases import FigureCanvasBase
 
+    if path.is_dir():
+        return
     formats = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix.lower().removeprefix(".") not in formats:
         raise UserError(
@@ -219,10 +232,17 @@ def _records(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [benchmark["extra_info"] for benchmark in report["benchmarks"]]
 
 
+def _inside(path: Path, report: dict[str, Any], suffix: str) -> Path:
+    """The path itself, or where it is a folder a file of the machine's name in it."""
+    return path / f"{_machine(report)}{suffix}" if path.is_dir() else path
+
+
 def _machine(report: dict[str, Any]) -> str:
-    """A file name for the machine: the processor and how many cores."""
-    cpu = report.get("machine_info", {}).get("cpu", {})
-    name = f"{cpu.get('brand_raw', 'unknown')}-{cpu.get('count', os.cpu_count())}-cores"
+    """A file name for the machine: the GPU, or the processor and how many cores."""
+    machine = report.get("machine_info", {})
+    cpu = machine.get("cpu", {})
+    cores = f"{cpu.get('brand_raw', 'unknown')}-{cpu.get('count', os.cpu_count())}-cores"
+    name = machine.get("gpu", cores)
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
