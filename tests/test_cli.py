@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 import viops
-from viops import catalog, dispatch
+from viops import catalog, dispatch, native, triton_runtime
 from viops.cli import bench, demo, main
 from viops.cli.demo_picture import dim_fused
 from viops.cli.measure import peak_bytes
@@ -304,3 +304,17 @@ def test_peak_bytes_counts_what_is_held_at_once():
         return second.data_ptr() + third.data_ptr()
 
     assert size * 2 <= peak_bytes(run, "cpu") <= size * 2 + 4096
+
+
+def test_doctor_tells_of_ops_without_a_kernel_on_the_gpu(monkeypatch):
+    from viops.cli import doctor
+
+    assert list(doctor._examine_gpu()) == [] or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(native, "cuda_error", lambda: "taken away by the test")
+    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
+    monkeypatch.setattr(triton_runtime, "device_error", lambda: "too old")
+    found = {problem.what.split()[0]: problem.what for problem in doctor._examine_gpu()}
+    assert set(found) == {"class_attention_scores", "reorganize_tokens", "restore_tokens"}
+    assert found["reorganize_tokens"].endswith("on the GPU: cuda: taken away by the test")
+    assert found["class_attention_scores"].endswith("on the GPU: triton: too old")

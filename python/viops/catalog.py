@@ -37,7 +37,7 @@ FAMILIES = (
         paper="EViT: Liang et al., ICLR 2022, arXiv:2202.07800",
         ops={
             "class_attention_scores": {
-                "cuda": "the Triton kernel serves it, and needs no compiler at install",
+                "cuda": "it is written in Triton",
                 "torch": _NO_SUCH_OP,
             },
             "softmax_attention": {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -12,12 +14,21 @@ import torch
 _EXPECTED = ("build_info", "cpu_level", "cpu_levels", "threads")
 
 
-#: The least compute capability that the CUDA part is built for.
-MIN_CAPABILITY = (8, 0)
-
-
-def _version(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))
+def serves(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code built for these, in CMake's names, runs on a device of this capability."""
+    for name in architectures:
+        match = re.fullmatch(r"(\d+)(\d)([a-z]?)(-real|-virtual)?", name)
+        if match is None:
+            continue
+        version = int(match[1]), int(match[2])
+        if match[3] and version != capability:  # sm_90a and the like run on that device alone
+            continue
+        has_machine_code, has_ptx = match[4] != "-virtual", match[4] != "-real"
+        if has_machine_code and version[0] == capability[0] and version <= capability:
+            return True
+        if has_ptx and version <= capability:
+            return True
+    return False
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -53,15 +64,14 @@ def require() -> ModuleType:
 
 
 @functools.cache
-def _cuda_devices_error() -> str | None:
-    """Why a device of this machine cannot run the CUDA part, or None."""
+def _cuda_devices_error(architectures: tuple[str, ...]) -> str | None:
+    """Why code built for these cannot run on a device of this machine, or None."""
     for device in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(device)
-        if capability < MIN_CAPABILITY:
-            return (
-                f"needs devices of compute capability {_version(MIN_CAPABILITY)} or newer, "
-                f"cuda:{device} has {_version(capability)}"
-            )
+        if not serves(architectures, capability):
+            has = ".".join(map(str, capability))
+            built = ", ".join(architectures)
+            return f"the CUDA part is built for {built}, and cuda:{device} has capability {has}"
     return None
 
 
@@ -72,7 +82,7 @@ def cuda_error() -> str | None:
     build = extension.build_info()
     if not build["cuda_architectures"]:
         return f"the extension has no CUDA part: {build['cuda_reason']}"
-    return _cuda_devices_error()
+    return _cuda_devices_error(tuple(build["cuda_architectures"]))
 
 
 def set_cpu_level(name: str) -> None:

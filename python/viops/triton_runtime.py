@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-#: Whether Triton interprets kernels, on tensors of the CPU: TRITON_INTERPRET=1 at import.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+#: Whether Triton interprets kernels, on tensors of the CPU: TRITON_INTERPRET=1 (or another of the
+#: words that Triton takes) when viops is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 #: What Triton supports.
 _MIN_CAPABILITY = (8, 0)
@@ -26,7 +28,26 @@ def load_error() -> str | None:
         if isinstance(error, ModuleNotFoundError) and error.name == "triton":
             return "triton is not installed"
         return f"triton cannot be imported: {str(error) or type(error).__name__}"
+    if not INTERPRETED and not any(map(shutil.which, _compilers())):
+        return (
+            "Triton builds its launchers with a C compiler, and found none: set CC, or install gcc"
+        )
     return None
+
+
+def _compilers() -> list[str]:
+    """Where Triton looks for one."""
+    chosen = os.environ.get("CC")
+    return [chosen] if chosen else ["gcc", "clang"]
+
+
+def check_kernel(kernel: object) -> None:
+    """Raises where a kernel was made for Triton's other way of running than viops goes by."""
+    if (type(kernel).__name__ == "InterpretedFunction") != INTERPRETED:
+        raise RuntimeError(
+            "TRITON_INTERPRET was changed after viops was imported, which decides whether Triton's "
+            "kernels are interpreted: set it before"
+        )
 
 
 @functools.cache

@@ -14,8 +14,8 @@ import viops
 from contract import BACKENDS, DTYPES, Backend, case_id
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from viops.cases import Case, Draw
-from viops.ops.token_reorganization import cases, reference
+from viops.cases import Case, Draw, amid_nan
+from viops.ops.token_reorganization import attention, cases, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*taken away by the test:RuntimeWarning")
 
@@ -350,3 +350,38 @@ def test_token_reorganization_module_rounds_up(draw: Draw) -> None:
 def test_modules_refuse_bad_arguments(build: Callable, argument: str) -> None:
     with pytest.raises(ValueError, match=f"^{argument}: expected"):
         build()
+
+
+def test_what_torchs_kernels_on_a_gpu_need() -> None:
+    """Rows at multiples of 16 bytes; a copy is the same on the CPU."""
+    aligned = torch.randn(2, 3, 5, 8)
+    assert attention._aligned(aligned) is aligned
+    assert attention._aligned(aligned[:1, :, 1:2]).data_ptr() == aligned[:1, :, 1:2].data_ptr()
+    for odd in (amid_nan(aligned), aligned.mT, aligned.half()[..., 4:]):
+        copy = attention._aligned(odd)
+        assert torch.equal(copy, odd)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() != odd.data_ptr()
+
+
+class _OnGpu(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("scale", [-0.7, -0.0, 0.0, 0.3])
+def test_the_factor_given_to_torchs_kernels_on_a_gpu(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    expected = reference.softmax_attention(q, k, v, scale=scale)
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def positive(*tensors: Tensor, scale: float) -> Tensor:
+        assert scale > 0
+        return plain(*tensors, scale=scale)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", positive)
+    found = attention._torch_attention(q.as_subclass(_OnGpu), k, v, scale)
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)

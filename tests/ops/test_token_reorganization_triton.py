@@ -17,9 +17,10 @@ from viops.ops.token_reorganization import cases
 OP = "class_attention_scores"
 
 pytest.importorskip("triton", reason="triton is not installed")
+DEVICE = "cpu" if triton_runtime.INTERPRETED else "cuda"
 interpreted = pytest.mark.skipif(
     not triton_runtime.INTERPRETED,
-    reason="Triton compiles here: the contract's rows run on the GPU",
+    reason="Triton compiles here: it runs on no tensors of the CPU",
 )
 
 
@@ -116,16 +117,41 @@ print(triton_runtime.load_error())
 def test_the_kernels_are_imported_at_their_first_call_alone() -> None:
     code = """
 import sys, torch, viops
+from viops import dispatch
 kernels = "viops.ops.token_reorganization.triton_kernels"
 q = torch.ones(1, 2, 3, 4)
 viops.class_attention_scores(q, q)
 viops.explain("class_attention_scores", q, q)
 assert kernels not in sys.modules
-with viops.use_backend("triton"):
-    viops.class_attention_scores(q, q)
+dispatch._kernels["class_attention_scores"]["triton"].forward(q[:0], q[:0], 1, 0.5)
 assert kernels in sys.modules
 """
     run_python(code, TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize(("before", "after"), [("0", "1"), ("true", "0")])
+def test_the_interpreter_cannot_be_switched_after_the_import(before: str, after: str) -> None:
+    code = f"""
+import os, torch, viops
+from viops import dispatch, triton_runtime
+assert triton_runtime.INTERPRETED == {before == "true"}
+os.environ["TRITON_INTERPRET"] = "{after}"
+q = torch.ones(0, 2, 3, 4)
+try:
+    dispatch._kernels["class_attention_scores"]["triton"].forward(q, q, 1, 0.5)
+except RuntimeError as error:
+    print(error)
+"""
+    assert "changed after viops was imported" in run_python(code, TRITON_INTERPRET=before)
+
+
+def test_a_missing_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_error = triton_runtime.load_error.__wrapped__
+    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
+    monkeypatch.setenv("CC", "no_such_compiler")
+    assert "with a C compiler, and found none" in load_error()
+    monkeypatch.setenv("CC", sys.executable)
+    assert load_error() is None
 
 
 def test_only_the_scores_run_on_triton(draw: Draw) -> None:
@@ -174,22 +200,37 @@ def test_backward_is_guarded(draw: Draw) -> None:
             backward(*bad, 1, 0.5)
 
 
-@interpreted
 @pytest.mark.parametrize("num_tokens", [255, 256, 257, 1024, 1025])
 def test_lengths_around_a_tile(num_tokens: int) -> None:
     """Of 256 rows of 64 channels, and of 1,024 tokens at a time."""
-    q, k = cases.queries(Draw(torch.float32), 1, 2, num_tokens, 64)
-    expected = viops.class_attention_scores(q, k)
+    q, k = cases.queries(Draw(torch.float32, DEVICE), 1, 2, num_tokens, 64)
+    with viops.use_backend("reference"):
+        expected = viops.class_attention_scores(q, k)
     with viops.use_backend("triton"):
         torch.testing.assert_close(viops.class_attention_scores(q, k), expected)
 
 
-@interpreted
+def test_channels_farther_apart_than_32_bits() -> None:
+    """k [D, B, H, N] in memory, of which only virtual memory is large."""
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GB of free GPU memory")
+    stride = 2**31 // 8 + 64
+    storage = torch.empty(17 * stride, dtype=torch.float16, device=DEVICE)
+    k = storage.as_strided((1, 2, 5, 16), (10, 5, 1, stride))
+    values = Draw(torch.float16, DEVICE).normal(1, 2, 5, 16)
+    k.copy_(values)
+    q = values.flip(2)
+    with viops.use_backend("reference"):
+        expected = viops.class_attention_scores(q, values)
+    with viops.use_backend("triton"):
+        torch.testing.assert_close(viops.class_attention_scores(q, k), expected)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy's
 @pytest.mark.parametrize("num_tokens", [17, 300])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_infinity_come_out_as_in_the_reference(num_tokens: int, value: float) -> None:
-    q, k = cases.queries(Draw(torch.float32), 2, 3, num_tokens, 64)
+    q, k = cases.queries(Draw(torch.float32, DEVICE), 2, 3, num_tokens, 64)
     k[1, 2, num_tokens - 3, 5] = value
     found = {}
     for backend in ("triton", "reference"):

@@ -9,11 +9,12 @@ import torch
 from .. import catalog, dispatch, triton_runtime
 from .console import UserError
 
-#: The environment variables that viops reads, and what holds where one is not set.
+#: The environment variables that viops heeds, and what holds where one is not set.
 _VARIABLES = {
     "VIOPS_BACKEND": "each call takes the fastest backend that can run it",
     "VIOPS_STRICT": "a fallback to the reference warns",
     "VIOPS_CPU_LEVEL": "the highest that the machine has",
+    "TRITON_INTERPRET": "Triton compiles its kernels for the GPU",
 }
 
 
@@ -33,7 +34,7 @@ def forced_backend() -> str | None:
 
 
 def environment() -> list[tuple[str, str]]:
-    """Each environment variable that viops reads, with its value or what holds without."""
+    """Each environment variable that viops heeds, with its value or what holds without."""
     return [
         (name, os.environ.get(name) or f"not set: {usual}") for name, usual in _VARIABLES.items()
     ]

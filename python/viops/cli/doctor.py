@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     print_heading("Environment")
     print_table(("variable", "value"), environment())
     problems += _examine_forced()
+    problems += _examine_gpu()
     print_heading("Every op on every backend, forward and backward, against float64")
     rows = []
     for family in catalog.FAMILIES:
@@ -118,6 +119,22 @@ def _examine_installation() -> Iterator[Problem]:
                 f"{build['cuda_reason']}",
                 f"put nvcc on PATH, then {_REINSTALL} --config-settings=cmake.define.VIOPS_CUDA=ON",
             )
+
+
+def _examine_gpu() -> Iterator[Problem]:
+    """Ops that run on plain PyTorch on a GPU of this machine, though there are kernels for it."""
+    if not torch.cuda.is_available() or forced_backend() is not None:
+        return
+    for family in catalog.FAMILIES:
+        for op in family.ops:
+            if op in dispatch.call_refusals:  # torch's own op is its kernel there
+                continue
+            backends = [name for name in ("cuda", "triton") if name in catalog.backends_of(op)]
+            reasons = {n: dispatch.refusal(op, n, "cuda", torch.float32) for n in backends}
+            if backends and None not in reasons.values():
+                text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+                mend = "mend the reason given here; python -m viops info shows what is installed"
+                yield Problem(f"{op} runs on plain PyTorch on the GPU: {text}", mend)
 
 
 def _examine_forced() -> Iterator[Problem]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ... import checks, dispatch, native
+from ... import checks, dispatch, native, triton_runtime
 from ...dispatch import Kernels
 from . import reference
 
@@ -47,7 +48,9 @@ def _native_scores_backward(
 @functools.cache
 def _triton_kernels() -> ModuleType:
     """Loaded at the first call: Triton takes time to import, and need not be there."""
-    return importlib.import_module(".triton_kernels", __package__)
+    module = importlib.import_module(".triton_kernels", __package__)
+    triton_runtime.check_kernel(module.class_attention_scores_forward_kernel)
+    return module
 
 
 def _triton_scores_forward(
@@ -380,8 +383,30 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
                 f"softmax_attention: backend {forced!r} was asked for, but {reason}"
             )
         return _softmax_attention(q, k, v, scale)[0]
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    out = _torch_attention(q, k, v, scale)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """torch's own op, kept from what its fused kernels on a GPU get wrong."""
+    if q.is_cuda:
+        if scale <= 0:  # they look for the largest logit before the factor, amid infinite padding
+            q, scale = q * math.copysign(bool(scale), scale), abs(scale) or 1.0
+        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy where its rows do not begin at multiples of 16 bytes.
+
+    The fused kernels load 16 bytes at a time, and not all that torch chooses look at the address.
+    """
+    if torch.compiler.is_compiling():  # inductor copies what is not aligned
+        return x
+    steps = [x.storage_offset(), *(x.stride(i) for i in range(3) if x.shape[i] > 1)]
+    if x.stride(3) == 1 and all(step * x.element_size() % 16 == 0 for step in steps):
+        return x
+    return x.contiguous() if x.stride(3) != 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:

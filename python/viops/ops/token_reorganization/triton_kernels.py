@@ -49,7 +49,7 @@ def _load_tile(
     ptr, rows, num_rows, stride_n, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """[BLOCK_N, BLOCK_D]: these rows, zero beyond num_rows and beyond their channels."""
-    channels = tl.arange(0, BLOCK_D)
+    channels = tl.arange(0, BLOCK_D).to(tl.int64)  # their stride may be the largest
     mask = (rows < num_rows)[:, None] & (channels < HEAD_DIM)[None, :]
     return tl.load(ptr + rows[:, None] * stride_n + channels[None, :] * stride_d, mask, other=0.0)
 
@@ -264,16 +264,16 @@ def class_attention_scores_backward_kernel(
 def _tile_of(k: Tensor) -> dict[str, int]:
     """How a launch cuts k [B, H, N, D] into tiles: by D and dtype alone."""
     head_dim = k.shape[3]
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = 1 << (head_dim - 1).bit_length()
     block_n = max(1, min(_TILE_ELEMENTS, _TILE_BYTES // k.element_size()) // block_d)
     return {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_N": min(block_n, _MAX_TILE_ROWS)}
 
 
 def _strides_of(q: Tensor, k: Tensor) -> tuple[tuple[int, ...], int]:
     """The strides of both, and the UNIT of k's first three: it shows which loads are aligned."""
-    unit = math.gcd(16, *k.stride()[:3])
+    unit = math.gcd(16, *(k.stride(i) for i in range(3) if k.shape[i] > 1))
     q_b, q_h, _, q_d = q.stride()
-    k_b, k_h, k_n, k_d = k.stride()
+    k_b, k_h, k_n, k_d = k.stride()  # the stride of an axis of size 1 is never used
     return (q_b, q_h, q_d, k_b // unit, k_h // unit, k_n // unit, k_d), unit
 
 
