@@ -1,9 +1,11 @@
-# Needs python3 (3.10 or newer), a C++17 compiler and a package index; the rest is set up in .venv.
+# Needs python3 (3.10 or newer), a package index and a C++17 compiler, for tests one of C++20 with
+# AddressSanitizer, such as GCC 12; the rest is set up in .venv.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 OUT ?= build/gpu
 LIMIT ?= 540
+TOTAL ?= 570
 
 PY := $(VENV)/bin/python
 SOURCES := $(shell find csrc python benches third_party -type f -not -name '*.pyc' -not -path '*/results/*') \
@@ -49,9 +51,10 @@ check: setup
 	$(PY) -m mypy
 
 # On a machine with a GPU: builds against the torch that PYTHON has, without a .venv, checks and times.
-# make gpu [STAGE="build test"] [OUT=folder] [LIMIT=seconds a stage] [GPU_OPTIONS="--rest --quick"]
+# make gpu [STAGE="build test"] [OUT=folder] [LIMIT=seconds a stage] [TOTAL=seconds in all]
+#     [GPU_OPTIONS="--rest --quick"]; GPU_OPTIONS=--help says which stages fit in ten minutes
 gpu:
-	$(PYTHON) .ci/gpu.py --out $(OUT) --limit $(LIMIT) $(GPU_OPTIONS) $(STAGE)
+	$(PYTHON) .ci/gpu.py --out $(OUT) --limit $(LIMIT) --total $(TOTAL) $(GPU_OPTIONS) $(STAGE)
 
 # Registers, shared memory and spills of every CUDA kernel; needs nvcc and no GPU.
 registers:

@@ -119,6 +119,18 @@ def environment(kind: str) -> dict[str, str]:
     return variables
 
 
+@functools.cache
+def lacks(kind: str) -> str | None:
+    """What this machine lacks to run a build of this kind, or None."""
+    try:
+        for name in RUNTIMES.get(kind, ()):
+            _library_of_compiler(name)
+        run = subprocess.run(command(kind, "true"), capture_output=True, text=True)
+    except RuntimeError as error:
+        return str(error)
+    return run.stderr.strip() if run.returncode else None
+
+
 def command(kind: str, *words: str) -> tuple[str, ...]:
     """A command that can be run with a build of this kind."""
     # the race detector of GCC 12 knows not all layouts that address randomisation makes

@@ -25,7 +25,10 @@ def main() -> int:
     tests = builds.ROOT / "tests"
     files = [tests / "test_contract.py", *sorted((tests / "ops").glob("test_*_cuda.py"))]
     pytest = (sys.executable, "-m", "pytest", *map(str, files))
-    selection = ("-k", SELECTIONS[kind], *rest)
+    selection = ["-k", SELECTIONS[kind], *rest]
+    if kind in builds.RUNTIMES:
+        # a sanitizer ends the process: its report must not be held back, nor the test's name
+        selection += ["--capture=sys", "-v"]
     print(f"CUDA kernels on the CPU, build {kind}:", flush=True)
     return subprocess.run(
         builds.command(kind, *pytest, *selection), env=builds.environment(kind), cwd=builds.ROOT
