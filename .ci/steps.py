@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: Seconds that a command has, once its time is up, to end by itself: pytest then says what it has.
 GRACE = 20
+#: A stage begins only where more seconds than these are left.
+LEAST = 2 * GRACE
 
 
 class Step(NamedTuple):
@@ -26,7 +29,7 @@ class Step(NamedTuple):
 
     stage: str
     name: str
-    result: str  # "ok", "FAILED" or "TIME"
+    result: str  # "ok", "FAILED", "TIME" or "NOT RUN"
     seconds: float
     counts: str
 
@@ -46,12 +49,13 @@ class Failure(Exception):
 class Run:
     """What the stages share: the folder, the log, the time that is left, the steps so far."""
 
-    def __init__(self, out: Path, name: str, limit: float) -> None:
+    def __init__(self, out: Path, name: str, limit: float, total: float = math.inf) -> None:
         """
         Args:
             out: the folder for everything that is written.
-            name: of the log and the JSON in it.
+            name: of the log, the JSON and the JUnit file in it.
             limit: seconds that a stage may take.
+            total: seconds that all stages may take, from now on.
         """
         self.out = out.resolve()
         self.out.mkdir(parents=True, exist_ok=True)
@@ -59,15 +63,29 @@ class Run:
         self.log = self.out / f"{name}.log"
         self.log.write_bytes(b"")
         self.json = self.out / f"{name}.json"
+        self.junit = self.out / f"{name}.xml"
+        self.junit.unlink(missing_ok=True)
         self.steps: list[Step] = []
         self.stage = ""
         self._deadline = 0.0
+        self._end = time.monotonic() + total
 
     def run_stage(self, name: str, stage: Callable[[Run], None]) -> None:
-        """Runs one stage, whose table is printed at its end."""
+        """Runs one stage, unless no time is left, and prints its table."""
         self.stage = name
-        self._deadline = time.monotonic() + self.limit
-        say(f"\n== {name}: at most {self.limit:g} s, log: {self.log}")
+        start = time.monotonic()
+        limit = min(self.limit, self._end - start)
+        self._deadline = start + limit
+        say(f"\n== {name}: at most {max(limit, 0):.0f} s, log: {self.log}")
+        if limit > LEAST:
+            self._try_stage(name, stage)
+        else:
+            self.add(name, "NOT RUN", 0.0, f"{max(limit, 0):.0f} s of the total were left")
+        rows = [step._asdict() for step in self.steps]
+        self.json.write_text(json.dumps(rows, indent=1) + "\n")
+        print_table([step for step in self.steps if step.stage == name])
+
+    def _try_stage(self, name: str, stage: Callable[[Run], None]) -> None:
         start = time.monotonic()
         try:
             stage(self)
@@ -76,9 +94,6 @@ class Run:
         except Exception as error:  # a fault of ours, which other stages need not have
             say(traceback.format_exc())
             self.add(name, "FAILED", time.monotonic() - start, f"{type(error).__name__}: {error}")
-        rows = [step._asdict() for step in self.steps]
-        self.json.write_text(json.dumps(rows, indent=1) + "\n")
-        print_table([step for step in self.steps if step.stage == name])
 
     def add(self, name: str, result: str, seconds: float, counts: str) -> None:
         self.steps.append(Step(self.stage, name, result, seconds, counts))
@@ -113,7 +128,7 @@ class Run:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    preexec_fn=os.setpgrp,  # so that all that it starts can be ended with it
+                    preexec_fn=_begin_group,
                 )
             except OSError as error:
                 return Done(127, str(error), 0.0)
@@ -155,6 +170,12 @@ class Run:
             lines = done.text.strip().splitlines()
             raise Failure(lines[-1] if lines else f"exit status {done.status}")
         return json.loads(done.text.strip().splitlines()[-1])
+
+
+def _begin_group() -> None:
+    """In the new process: all that it starts can be ended with it, and SIGINT reaches it."""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore
 
 
 def wait(process: subprocess.Popen, limit: float) -> int | None:
@@ -201,23 +222,33 @@ def find_nvcc() -> Path | None:
     return Path(found) if found else usual if usual.is_file() else None
 
 
-def count_tests(report: Path) -> str:
-    """Such as "12 passed, 3 skipped"; Failure where none passed, or there is no report."""
-    if not report.is_file():
-        raise Failure("pytest wrote no report")
+def count_tests(run: Run, name: str, report: Path) -> str:
+    """Such as "12 passed, 3 skipped"; Failure where none passed, or there is no whole report.
+
+    What pytest reported of this step joins the other steps in the one JUnit file of the run.
+    """
+    try:
+        suites = list(ElementTree.parse(report).iter("testsuite"))
+    except FileNotFoundError:
+        raise Failure("pytest wrote no report") from None
+    except ElementTree.ParseError as error:
+        raise Failure(f"pytest's report is not whole: {error}") from None
+    there = run.junit.is_file()
+    root = ElementTree.parse(run.junit).getroot() if there else ElementTree.Element("testsuites")
     counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-    for suite in ElementTree.parse(report).iter("testsuite"):
+    for suite in suites:
+        suite.set("name", f"{run.stage}: {name}")
         for key in counts:
             counts[key] += int(suite.get(key, 0))
-    passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
-    words = [f"{passed} passed"]
+    root.extend(suites)
+    ElementTree.ElementTree(root).write(run.junit, encoding="utf-8", xml_declaration=True)
     failed = counts["failures"] + counts["errors"]
-    words += [
-        f"{n} {what}" for n, what in ((failed, "failed"), (counts["skipped"], "skipped")) if n
-    ]
+    passed = counts["tests"] - failed - counts["skipped"]
+    others = ((failed, "failed"), (counts["skipped"], "skipped"))
+    words = ", ".join([f"{passed} passed", *(f"{n} {what}" for n, what in others if n)])
     if passed == 0:
-        raise Failure(", ".join(words))
-    return ", ".join(words)
+        raise Failure(words)
+    return words
 
 
 def say(text: str) -> None:

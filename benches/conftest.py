@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RECORDS] = []
     torch.set_num_threads(config.getoption("threads"))
     if _on_gpu(config):
-        torch.cuda.set_device(config.getoption("device"))  # events are those of the current one
+        # events are those of the current device, which is set by number alone
+        torch.cuda.set_device(torch.device(config.getoption("device")).index or 0)
     _define_torchvision_ops()
 
 
@@ -39,7 +41,11 @@ def _on_gpu(config: pytest.Config) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the benches of another device: a mark device("cuda") or device("cpu") says so."""
+    """Leaves out the benches of another device: a mark device("cuda") or device("cpu") says so.
+
+    Those that --quick leaves out, which have no bars, come last: a run that is interrupted has
+    the others by then.
+    """
     device = torch.device(config.getoption("device")).type
     others = []
     for item in items:
@@ -49,6 +55,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
+    items.sort(key=lambda item: item.get_closest_marker("full") is not None)
+
+
+def pytest_keyboard_interrupt() -> None:
+    """A terminal and `viops bench` both interrupt: the report is to be written all the same."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _define_torchvision_ops() -> None:

@@ -14,7 +14,8 @@ import operator
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ _COPY_BYTES = {"cuda": 2 << 30}
 _CACHES = 4
 _MAX_INPUT_SETS = 32
 
-#: How often a sample replays a CUDA graph: the launch of the first one is a part of its time.
+#: How often a sample replays a CUDA graph: what lies between two graphs is a part of its time.
 _REPLAYS = 4
 
 _MAX_ROUNDS = 1000
@@ -125,12 +126,18 @@ class Harness:
         self.on_gpu = self.device.type == "cuda"
         self._sample = sample_on_cuda if self.on_gpu else sample_on_cpu
 
-    def input_sets(self, make: Callable[[int], tuple]) -> list[tuple]:
-        """Inputs made from seeds, for calls in turn: on a GPU more than its cache holds."""
+    def input_sets(self, make: Callable[[int], tuple], touched: int | None = None) -> list[tuple]:
+        """Inputs made from seeds, for calls in turn: on a GPU more than its cache holds.
+
+        Args:
+            make: a set of inputs from a seed.
+            touched: bytes of one set that a call reads, where that is not all of them.
+        """
         sets = [make(0)]
         if self.on_gpu:
             cache = torch.cuda.get_device_properties(self.device).L2_cache_size
-            wanted = -(-_CACHES * cache // max(_num_bytes(sets[0]), 1))
+            touched = _num_bytes(sets[0]) if touched is None else touched
+            wanted = -(-_CACHES * cache // max(touched, 1))
             sets += [make(seed) for seed in range(1, min(max(wanted, 2), _MAX_INPUT_SETS))]
         return sets
 
@@ -177,16 +184,16 @@ class Harness:
             floor, limits, other_result = None, {}, ()
         with malloc_thresholds(RAISED_HEAP if keep_heap else USUAL_HEAP) as malloc:
             errors = self._warm_up(contenders, inputs, other_result)
-            if graph:
-                timed = {
-                    name: Timed(captured(call, inputs, calls), _REPLAYS, calls)
-                    for name, call in contenders.items()
-                }
-            else:
-                timed = {
-                    name: Timed(in_turn(call, inputs), calls) for name, call in contenders.items()
-                }
+            timed = {}
+            for name, call in list(contenders.items()):
+                with self._may_fail(name, contenders, errors):
+                    timed[name] = (
+                        Timed(captured(call, inputs, calls), _REPLAYS, calls)
+                        if graph
+                        else Timed(in_turn(call, inputs), calls)
+                    )
             timed |= self._floor_contenders(floor, calls)
+            self._benchmark.has_error = True  # an interrupted bench has no place in the JSON
             samples = self._run_rounds(timed)
         measured: dict[str, dict[str, Any]] = {name: _summary(samples[name]) for name in contenders}
         measured |= {name: {"error": text} for name, text in errors.items()}
@@ -210,6 +217,7 @@ class Harness:
         record["ratios"] = _ratios(record)
         record["bars"] = [_judge(name, bar, record) for name, bar in limits.items()]
         self._benchmark.extra_info.update(record)
+        self._benchmark.has_error = False
         self.record = record
         return record
 
@@ -223,19 +231,28 @@ class Harness:
         errors: dict[str, str] = {}
         expected = contenders["viops"](*inputs[0])
         for name, call in list(contenders.items()):
-            try:
+            with self._may_fail(name, contenders, errors):
                 result = call(*inputs[0])
-            except Exception as error:
-                if name != "compile":
-                    raise
-                errors[name] = _one_line(error)
-                del contenders[name]
+            if name not in contenders:
                 continue
             if name not in other_result:
                 _check_same_result(name, result, expected)
             for args in inputs:
                 call(*args)
         return errors
+
+    @contextmanager
+    def _may_fail(
+        self, name: str, contenders: dict[str, Callable[..., object]], errors: dict[str, str]
+    ) -> Iterator[None]:
+        """The block may fail for "compile" alone, which is then no contender any more."""
+        try:
+            yield
+        except Exception as error:
+            if name != "compile":
+                raise
+            errors[name] = _one_line(error)
+            del contenders[name]
 
     def _floor_contenders(self, floor: Floor | None, calls: int) -> dict[str, Timed]:
         """The copy and the matrix product that measure the machine."""

@@ -7,6 +7,7 @@ import gc
 import itertools
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -32,14 +33,18 @@ def sample_on_cpu(call: Callable[[], object], calls: int) -> float:
 
 
 def sample_on_cuda(call: Callable[[], object], calls: int) -> float:
-    """The same between two events on the current stream; earlier work has ended before.
+    """The same between two events on the current stream, for calls queued one after the other.
 
-    The calls are queued one after the other, as a model queues its layers: where launching takes
-    longer than the kernels, it is launching that this measures.
+    So a model queues its layers: where launching takes longer than the kernels, it is launching
+    that this measures.  An untimed call comes before the first event.  On an idle GPU that event
+    would pass at once, and the time in which the host makes the first call, where the GPU has
+    nothing to do, would be a part of the kernels' time.  (A sleeping kernel in its place would
+    let the host run ahead, and hide that much launching of all the calls.)
     """
     start = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    call()
     start.record()
     for _ in range(calls):
         call()
@@ -49,18 +54,26 @@ def sample_on_cuda(call: Callable[[], object], calls: int) -> float:
 
 
 def in_turn(call: Callable[..., object], inputs: Sequence[tuple]) -> Callable[[], object]:
-    """The call on the next set of inputs each time."""
+    """The call on the next set of inputs each time; as many results as sets are kept.
+
+    A result that is freed at once gives its memory to the next one, whose writes then meet lines
+    that the cache still holds and never has to write back.
+    """
     if len(inputs) == 1:
         (only,) = inputs
         return (lambda: call(*only)) if only else call
     sets = itertools.cycle(inputs)
-    return lambda: call(*next(sets))
+    kept: deque[object] = deque(maxlen=len(inputs))
+    return lambda: kept.append(call(*next(sets)))
 
 
 def captured(
     call: Callable[..., object], inputs: Sequence[tuple], calls: int
 ) -> Callable[[], object]:
-    """So many calls on the sets of inputs in turn as one CUDA graph: kernels without launches."""
+    """So many calls on the sets of inputs in turn as one CUDA graph: kernels without launches.
+
+    Their results, too, lie in different places of the graph's memory.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -195,87 +194,6 @@ def test_calls_take_the_sets_of_inputs_in_turn():
     assert make_harness().input_sets(lambda seed: (seed,)) == [(0,)]
 
 
-def fake_gpu_harness(monkeypatch, seconds: dict[str, float]):
-    """A harness for "cuda" whose samples take as long as the contender's name says."""
-    properties = types.SimpleNamespace(L2_cache_size=100)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    harness = make_harness(device="cuda", min_rounds=2)
-    running = []
-    monkeypatch.setattr(
-        harness_module, "in_turn", lambda call, inputs: lambda: running.append(call.__name__)
-    )
-    monkeypatch.setattr(
-        harness_module,
-        "captured",
-        lambda call, inputs, calls: lambda: running.extend([call.__name__] * calls),
-    )
-
-    def copy():
-        running.append("copy")
-
-    def floor_contenders(floor, calls):
-        return {"copy": harness_module.Timed(copy, 1)} if floor else {}
-
-    def sample(run, times):
-        running.clear()
-        for _ in range(times):
-            run()
-        return sum(seconds[name] for name in running) / times
-
-    monkeypatch.setattr(harness, "_floor_contenders", floor_contenders)
-    monkeypatch.setattr(harness, "_sample", sample)
-    return harness
-
-
-@pytest.mark.parametrize("graph", [False, True])
-def test_bars_of_a_gpu(monkeypatch: pytest.MonkeyPatch, graph: bool):
-    def kernel(x):
-        return x
-
-    def slow(x):
-        return x.clone()
-
-    moved = 66_000_000
-    # the copy moves 2 GiB: at 3 TB/s the 66 MB take 22 us
-    seconds = {"kernel": 28e-6, "slow": 196e-6, "copy": (2 << 30) / 3e12}
-    harness = fake_gpu_harness(monkeypatch, seconds)
-    record = harness.compare(
-        "double, B256",
-        {"viops": kernel, "eager": slow},
-        inputs=harness.input_sets(lambda seed: (torch.ones(50),)),
-        floor=harness_module.Floor(moved),
-        bars={
-            "cpu": {"eager": (">=", 100)},
-            "cuda": {"floor": ("<=", 1 / 0.75), "eager": (">=", 8)},
-        },
-        calls=20,
-        graph=graph,
-    )
-    assert record["contenders"]["viops"]["best"] == pytest.approx(28e-6)
-    assert record["floor"]["best"] == pytest.approx(22e-6)
-    assert {bar["against"]: bar["met"] for bar in record["bars"]} == {"floor": True, "eager": False}
-    lines = [" ".join(line.split()) for line in tables.format_record(record).splitlines()]
-    assert "floor 22 us 22 us 1.27 x its time at most 1.33 x: met" in lines
-    assert "eager 196 us 196 us 7.00 x faster at least 8 x: MISSED" in lines
-    assert "viops moves 2.36e+03 GB/s, 79% of what the copy moves" in lines
-    how = "replayed as a CUDA graph" if graph else "queued"
-    assert f"20 calls a sample, {how}, on 2 sets of inputs in turn, 0.0004 MB" in lines
-    assert not any("malloc" in line or "faults" in line for line in lines)
-
-
-def test_inputs_of_a_gpu_outgrow_its_cache(monkeypatch: pytest.MonkeyPatch):
-    harness = fake_gpu_harness(monkeypatch, {})
-    for length, count in ((5, 20), (50, 2), (500, 2), (1, 32)):  # 4 bytes each, a cache of 100
-        sets = harness.input_sets(lambda seed, length=length: (torch.full((length,), float(seed)),))
-        assert len(sets) == count
-        assert {int(x[0]) for (x,) in sets} == set(range(len(sets)))
-
-
-def test_a_graph_needs_a_gpu():
-    with pytest.raises(ValueError, match="graph: expected a CUDA device, got cpu"):
-        make_harness().compare("graph", {"viops": int}, graph=True)
-
-
 def test_float32_beside_bfloat16_is_compared_as_bfloat16():
     def contenders(*dtypes):
         exact = [torch.ones(3, dtype=dtype) for dtype in dtypes]
@@ -382,6 +300,55 @@ def test_bench_command_succeeds_with_missed_bars_and_fails_with_errors(folder: P
     status, out, _ = run_bench("--benches", str(folder), "--quick")
     assert status == 1
     assert "assert 1 == 2" in out
+
+
+SLOW_BENCH = """
+import pathlib, time
+import pytest
+
+@pytest.mark.full
+def bench_slow(harness):
+    calls = []
+
+    def slow():
+        calls.append(1)
+        if len(calls) > 7:  # amid its rounds
+            pathlib.Path(__file__).with_name("started").touch()
+            time.sleep(100)
+
+    harness.compare("slow", {"viops": slow})
+
+"""
+
+
+@pytest.mark.parametrize("interrupt", [os.kill, os.killpg], ids=["command", "terminal"])
+def test_an_interrupted_run_keeps_what_it_has(folder: Path, interrupt):
+    """A terminal interrupts the benches' process, too; the slow bench stands first in its file."""
+    (folder / "bench_trivial.py").write_text(SLOW_BENCH + TRIVIAL_BENCH)
+    report, plot = folder / "report.json", folder / "plot.png"
+    words = ["--benches", str(folder), "--json", str(report), "--plot", str(plot)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "viops", "bench", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / "started").exists() and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.05)
+        interrupt(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130, out + err
+    assert "interrupted after 1 benches" in err
+    (benchmark,) = json.loads(report.read_text())["benchmarks"]
+    assert benchmark["extra_info"]["title"] == "sleep, some milliseconds"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"= bars =.*^sleep, some milliseconds, eager: .*: met$", out, re.M | re.S)
 
 
 @pytest.mark.parametrize(

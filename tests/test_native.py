@@ -114,6 +114,26 @@ def test_build_info() -> None:
     assert bool(info["cuda_reason"]) != built_for_cuda
 
 
+@pytest.mark.parametrize(
+    ("architectures", "capability", "served"),
+    [
+        (["80-real", "90"], (9, 0), True),
+        (["80-real", "90"], (8, 6), True),  # machine code of 8.0
+        (["80-real", "90"], (12, 0), True),  # PTX of 9.0
+        (["80-real", "90"], (7, 5), False),
+        (["80-real", "90-real"], (10, 0), False),
+        (["90-virtual"], (9, 0), True),
+        (["90a"], (9, 0), True),
+        (["90a"], (10, 0), False),
+        (["native"], (9, 0), False),
+    ],
+)
+def test_which_devices_an_architecture_serves(
+    architectures: list[str], capability: tuple[int, int], served: bool
+) -> None:
+    assert native.serves(architectures, capability) == served
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_set_num_threads_holds(count: int) -> None:
     previous = torch.get_num_threads()

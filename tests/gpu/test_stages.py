@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
+from viops import native
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / ".ci"))
@@ -37,6 +40,7 @@ class Machine:
         self.commands: list[str] = []
         self.answers: dict[str, tuple[int | None, str]] = {}
         self.facts, self.build, self.rows = dict(FACTS), dict(BUILD), [["cuda", "cuda"]]
+        self.error: str | None = None
         self.failed_tests = 0
         monkeypatch.setattr(Run, "command", lambda run, *words, **more: self.command(*words))
         monkeypatch.setattr(gpu, "find_nvcc", lambda: Path("nvcc"))
@@ -57,7 +61,7 @@ class Machine:
 
     def answer_to(self, program: str) -> object:
         if program == gpu.INSTALLED:
-            return {"path": "viops", "error": None, "build": self.build}
+            return {"path": "viops", "error": self.error, "build": self.build}
         return self.facts if program == gpu.FACTS else self.rows
 
     def run_program(self, command: str, words: list) -> Done:
@@ -73,7 +77,8 @@ class Machine:
         if "--cmakedir" in command:
             return Done(0, "/share/cmake/pybind11\n", 1.0)
         if "viops bench" in command:
-            return Done(0, "a: met\n= bars =\nb, eager: 9 x, at least 8 x: met\nc: MISSED", 1.0)
+            bars = "= bars =\nb, eager: 9 x, at least 8 x: met\nc: MISSED"
+            return Done(0, f"a: met\n{bars}\n7 passed, 2 skipped, 3 deselected in 4s\n", 1.0)
         if "nvcc" in command:
             Path(command.partition("-o ")[2].split()[0]).write_text("")
         if "--target intrinsics" in command:
@@ -107,11 +112,15 @@ def test_all_stages_on_a_machine_where_all_is_well(machine, tmp_path, capsys) ->
     assert found["sanitize: memcheck, cuda"][1] == "0 found, 7 passed, 2 skipped"
     assert found["sanitize: racecheck of a planted error"][1] == "2 found, as there should be"
     assert found["emulation: same bits"][1] == "2 results, 0 lines differ"
-    assert found["bench: bench"][1] == "1 bars met, 1 missed"
+    assert found["bench: bench"][1] == "1 bars met, 1 missed, 2 benches skipped"
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.log", "gpu.json", "gpu.xml"}
+    suites = ElementTree.parse(tmp_path / "gpu.xml").iter("testsuite")
+    with_tests = [name for name, (_, counts) in found.items() if "passed" in counts]
+    assert [suite.get("name") for suite in suites] == with_tests
     out = capsys.readouterr().out
     last = out[out.rindex("stage ") :].splitlines()
     assert len(last) == 1 + len(found)
-    assert last[-1].split() == ["bench", "bench", "ok", "1.0", "1", "bars", "met,", "1", "missed"]
+    assert last[-1].split()[:6] == ["bench", "bench", "ok", "1.0", "1", "bars"]
 
 
 def test_one_stage_alone_has_its_own_files(machine, tmp_path) -> None:
@@ -121,6 +130,46 @@ def test_one_stage_alone_has_its_own_files(machine, tmp_path) -> None:
         gpu.main(["--out", str(tmp_path), "docter"])
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--limit", "5"])
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--total", "5"])
+
+
+def test_each_row_and_each_file_on_the_gpu_has_its_own_process(machine, tmp_path) -> None:
+    machine.rows = [["cuda", "cuda"], ["triton", "triton"], ["gpu", None]]
+    assert gpu.main(["--out", str(tmp_path), "test"]) == 0
+    steps_of_test = [name.removeprefix("test: ") for name in results(tmp_path, "test")]
+    rows = [f"contract: {name}" for name in ("cuda", "triton", "gpu")]
+    assert steps_of_test[:4] == ["kernels", *rows]
+    assert {"tests/gpu/test_cuda.py", "tests/gpu/test_cuda_models.py"} < set(steps_of_test[4:])
+    runs = [command for command in machine.commands if " -m pytest " in command]
+    assert all("--maxfail=" in command for command in runs)
+    for kind in ("cuda", "triton"):
+        assert f"tests/ops/test_token_reorganization_{kind}.py" in runs[0]
+    assert "tests/test_contract.py -k gpu" in runs[3]
+
+
+def test_a_stage_without_time_is_not_run(machine, tmp_path, monkeypatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(steps.time, "monotonic", lambda: clock[0])
+    limits = []
+
+    def build(run: Run) -> None:
+        limits.append(run.time_left())
+        clock[0] += 100
+        run.add("slow", "ok", 100.0, "")
+
+    monkeypatch.setattr(gpu, "build", build)
+    words = ["--limit", "90", "--total", "230", "build", "build", "build"]
+    assert gpu.main(["--out", str(tmp_path), *words]) == 1
+    assert limits == [90, 90]
+    rows = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["result"] for row in rows] == ["ok", "ok", "NOT RUN"]
+    assert rows[-1]["counts"] == "30 s of the total were left"
+    limits.clear()
+    assert (
+        gpu.main(["--out", str(tmp_path), "--limit", "90", "--total", "150", *["build"] * 2]) == 0
+    )
+    assert limits == [90, 50]
 
 
 def test_a_failing_stage_does_not_keep_later_ones_from_running(machine, tmp_path) -> None:
@@ -130,9 +179,21 @@ def test_a_failing_stage_does_not_keep_later_ones_from_running(machine, tmp_path
     assert gpu.main(["--out", str(tmp_path)]) == 1
     found = results(tmp_path)
     assert found["build: pip install"] == ("FAILED", "exit status 1")
-    assert found["test: tests/gpu"] == ("FAILED", "6 passed, 1 failed, 2 skipped exit status 1")
+    words = "6 passed, 1 failed, 2 skipped exit status 1"
+    assert found["test: tests/gpu/test_cuda.py"] == ("FAILED", words)
     assert found["doctor: doctor"][0] == "ok"
-    assert found["bench: bench"] == ("TIME", "0 bars met, 0 missed stopped: its time was up")
+    assert found["bench: bench"] == ("TIME", "no bar was judged: 0 bars met, 0 missed")
+
+
+def test_benches_without_a_bar_are_a_failure(machine, tmp_path) -> None:
+    machine.answers["viops bench"] = (0, "5 skipped in 3s")
+    assert gpu.main(["--out", str(tmp_path), "bench"]) == 1
+    words = "no bar was judged: 0 bars met, 0 missed, 5 benches skipped"
+    assert results(tmp_path, "bench")["bench: bench"] == ("FAILED", words)
+    machine.answers["viops bench"] = (None, "= bars =\na, eager: 9 x, at least 8 x: met\n1 passed")
+    assert gpu.main(["--out", str(tmp_path), "bench"]) == 1
+    words = "1 bars met, 0 missed stopped: its time was up"
+    assert results(tmp_path, "bench")["bench: bench"] == ("TIME", words)
 
 
 @pytest.mark.parametrize(
@@ -159,14 +220,19 @@ def test_other_pythons_are_refused(machine, tmp_path, monkeypatch) -> None:
 
 
 def test_an_installed_viops_that_does_not_fit_is_refused(machine, tmp_path) -> None:
-    machine.facts["capability"] = [7, 5]
+    machine.error = "the CUDA part is built for 80-real, and cuda:0 has capability 7.5"
     assert gpu.main(["--out", str(tmp_path), "build", "test"]) == 1
-    words = "built for 80-real, 90; NVIDIA H100 80GB HBM3 is [7, 5]"
+    words = f"{machine.error}; make gpu STAGE=build"
     assert results(tmp_path)["build: build"] == ("FAILED", words)
     assert results(tmp_path)["test: test"] == ("FAILED", words)
-    machine.build["cuda_architectures"] = []
-    assert gpu.main(["--out", str(tmp_path), "test"]) == 1
-    assert "built without CUDA" in results(tmp_path, "test")["test: test"][1]
+
+
+def test_the_installed_viops_is_asked_what_it_can_run(run) -> None:
+    """The real package, whose names the program uses."""
+    run._deadline = time.monotonic() + 100
+    installed = run.ask(gpu.INSTALLED)
+    assert installed["error"] == native.cuda_error()
+    assert installed["build"] == native.require().build_info()
 
 
 def test_the_contract_is_asked_for_its_rows_on_a_gpu(run) -> None:
@@ -191,6 +257,8 @@ def test_without_rows_on_the_gpu_there_is_nothing_to_be_proud_of(machine, tmp_pa
         ("planted memcheck", 0, SILENT, "memcheck of a planted error"),
         ("planted racecheck", 1, "no device", "racecheck of a planted error"),
         ("--tool memcheck", 86, SILENT.replace("0", "3"), "memcheck, cuda"),
+        ("--tool memcheck", 0, SILENT.replace("0", "3"), "memcheck, cuda"),
+        ("--tool racecheck", 0, f"{SILENT}\n{SILENT.replace('0', '1')}", "racecheck without one"),
         ("--tool racecheck", 0, "no summary at all", "racecheck, cuda"),
     ],
 )
@@ -215,24 +283,6 @@ def test_results_of_the_emulation_are_compared_line_for_line() -> None:
     assert gpu.compare_lines("", "") == (0, [])
 
 
-@pytest.mark.parametrize(
-    ("architectures", "capability", "served"),
-    [
-        (["80-real", "90"], (9, 0), True),
-        (["80-real", "90"], (8, 6), True),  # machine code of 8.0
-        (["80-real", "90"], (12, 0), True),  # PTX of 9.0
-        (["80-real", "90"], (7, 5), False),
-        (["80-real", "90-real"], (10, 0), False),
-        (["90-virtual"], (9, 0), True),
-        (["90a"], (9, 0), True),
-        (["90a"], (10, 0), False),
-        (["native"], (9, 0), False),
-    ],
-)
-def test_which_devices_an_architecture_serves(architectures, capability, served) -> None:
-    assert gpu.serves(architectures, capability) == served
-
-
 def test_the_sanitizer_is_looked_for_in_the_toolkit(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
     tool = tmp_path / "compute-sanitizer/compute-sanitizer"
@@ -254,11 +304,35 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path, "name", 540)
 
 
+OBEYING = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('what I have')"
+
+
+def test_a_command_of_a_background_job_is_interrupted_too(run, monkeypatch) -> None:
+    """A shell's background jobs are started with SIGINT ignored, which commands inherit."""
+    monkeypatch.setattr(steps, "GRACE", 7)
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert started(run, OBEYING, limit=10).text == "what I have\n"
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def test_reports_that_are_not_whole_are_failures(run) -> None:
+    report = run.out / "report.xml"
+    with pytest.raises(Failure, match="pytest wrote no report"):
+        steps.count_tests(run, "one", report)
+    report.write_text("<testsuites><testsuite tests=")
+    with pytest.raises(Failure, match="pytest's report is not whole"):
+        steps.count_tests(run, "one", report)
+    report.write_text('<testsuites><testsuite tests="2" errors="0" skipped="2"/></testsuites>')
+    with pytest.raises(Failure, match="0 passed, 2 skipped"):
+        steps.count_tests(run, "one", report)
+
+
 def test_a_command_that_runs_past_its_limit_is_stopped(run, monkeypatch) -> None:
     monkeypatch.setattr(steps, "GRACE", 7)
-    obeying = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('what I have')"
     start = time.monotonic()
-    done = started(run, obeying, limit=8)
+    done = started(run, OBEYING, limit=8)
     assert done.status is None
     assert done.text == "what I have\n"
     child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"

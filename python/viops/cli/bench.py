@@ -36,6 +36,12 @@ _INSTALL_BENCH = (
 _FULL = ("3", "7")
 _QUICK = ("0.4", "3")  # of a short round the harness makes more
 
+#: Seconds that interrupted benches have to write what they measured: `make gpu`, which interrupts
+#: this command where its time is up, ends it three seconds later.
+_GRACE = 12
+#: The exit status of an interrupted run.
+_INTERRUPTED = 130
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `bench` takes to the parser."""
@@ -73,7 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the benches; 0, or 1 where one failed or, with --check, missed a bar."""
+    """Runs the benches; 0, or 1 where one failed or, with --check, missed a bar.
+
+    Of an interrupted run it keeps what there is, and gives 130.
+    """
     _require("pytest", "pytest_benchmark", *(["matplotlib"] if args.plot else []))
     _check_arguments(args)
     folder = _find_benches(args.benches)
@@ -82,11 +91,11 @@ def run(args: argparse.Namespace) -> int:
         return _compare_with_base(args, folder, files)
     print(f"benches of {folder}", flush=True)
     status, report = _run_pytest(folder, files, args)
-    if args.plot:
-        path = _inside(args.plot, report, ".png")
-        _plot(report, path)
-        print(f"drawn: {path}")
-    if args.json is not None:
+    if status == _INTERRUPTED:
+        print(f"interrupted after {len(_records(report))} benches", file=sys.stderr)
+        if not _records(report):
+            return status
+    if args.json is not None:  # before the plot, which takes longer
         path = args.json
         if not path.name:
             path = folder / "results"
@@ -94,7 +103,13 @@ def run(args: argparse.Namespace) -> int:
         path = _inside(path, report, ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"written: {path}")
+        print(f"written: {path}", flush=True)
+    if args.plot:
+        path = _inside(args.plot, report, ".png")
+        _plot(report, path)
+        print(f"drawn: {path}")
+    if status == _INTERRUPTED:
+        return status
     missed = sum(not bar["met"] for record in _records(report) for bar in record["bars"])
     if args.check and missed:
         print(f"{missed} of the bars missed", file=sys.stderr)
@@ -195,7 +210,10 @@ def _run_pytest(
     environment: dict[str, str] | None = None,
     quiet: bool = False,
 ) -> tuple[int, dict[str, Any]]:
-    """Runs the benches in another process: its exit status, and pytest-benchmark's report."""
+    """Runs the benches in another process: its exit status, and pytest-benchmark's report.
+
+    Interrupted, it gives the status 130 and a report of the benches that had ended by then.
+    """
     seconds, rounds = _QUICK if args.quick else _FULL
     with tempfile.TemporaryDirectory() as temporary:
         report_file = Path(temporary) / "report.json"
@@ -218,13 +236,40 @@ def _run_pytest(
             command += ["--threads", str(args.threads)]
         if args.warm:
             command.append("--warm")
-        done = subprocess.run(
-            command, env=environment, capture_output=quiet, text=True, errors="replace"
-        )
-        if quiet and done.returncode:
-            print(done.stdout + done.stderr, end="", file=sys.stderr, flush=True)
+        status, told = _run_interruptibly(command, environment, quiet)
+        if quiet and status:
+            print(told, end="", file=sys.stderr, flush=True)
         text = report_file.read_text() if report_file.is_file() else ""
-    return done.returncode, json.loads(text) if text else {"benchmarks": []}
+    try:
+        return status, json.loads(text) if text else {"benchmarks": []}
+    except json.JSONDecodeError:  # it was ended while it wrote
+        return status, {"benchmarks": []}
+
+
+def _run_interruptibly(
+    command: Sequence[str], environment: dict[str, str] | None, quiet: bool
+) -> tuple[int, str]:
+    """Exit status and, where quiet, output; an interruption is passed on, and is the status 130."""
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE if quiet else None,
+        stderr=subprocess.STDOUT if quiet else None,
+        text=True,
+        errors="replace",
+    ) as process:
+        try:
+            told, _ = process.communicate()
+            return process.returncode, told or ""
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            try:
+                told, _ = process.communicate(timeout=_GRACE)
+            except subprocess.TimeoutExpired:
+                told = None
+            return _INTERRUPTED, told or ""
+        finally:
+            process.kill()  # which does nothing to a process that has ended
 
 
 def _records(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -392,6 +437,8 @@ def _alternate(
             status, report = _run_pytest(
                 folder, files, args, "--only-viops", environment=environment, quiet=True
             )
+            if status == _INTERRUPTED:
+                raise KeyboardInterrupt
             failed[side] |= status != 0
             for record in _records(report):
                 seconds = record["contenders"]["viops"]["best"]
