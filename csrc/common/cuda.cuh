@@ -31,8 +31,10 @@ extern "C" __host__ __device__ void __assert_fail(const char* assertion, const c
 
 // Stops the kernel and makes every later CUDA call of the process fail, as torch's own kernels do on an
 // index out of range: there is no other way to raise from a device without waiting for it.
-#define VIOPS_DEVICE_ASSERT(condition, text) \
-  if (!(condition)) __assert_fail(text, __FILE__, static_cast<unsigned>(__LINE__), __func__)
+#define VIOPS_DEVICE_ASSERT(condition, text)                                                    \
+  do {                                                                                          \
+    if (!(condition)) __assert_fail(text, __FILE__, static_cast<unsigned>(__LINE__), __func__); \
+  } while (0)
 
 namespace viops {
 

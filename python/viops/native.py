@@ -66,6 +66,11 @@ def require() -> ModuleType:
 @functools.cache
 def _cuda_devices_error(architectures: tuple[str, ...]) -> str | None:
     """Why code built for these cannot run on a device of this machine, or None."""
+    if torch.cuda.device_count():
+        try:
+            require().cuda_devices()
+        except RuntimeError as error:  # a driver older than the toolkit of the build, say
+            return str(error)
     for device in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(device)
         if not serves(architectures, capability):

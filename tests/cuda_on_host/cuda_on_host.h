@@ -34,8 +34,10 @@
 #define VIOPS_DYNAMIC_SHARED(name) \
   char* const name = viops::on_host::dynamic_shared(viops::on_host::Location::current())
 
-#define VIOPS_DEVICE_ASSERT(condition, text) \
-  if (!(condition)) viops::on_host::fail(text, viops::on_host::Location::current())
+#define VIOPS_DEVICE_ASSERT(condition, text)                                           \
+  do {                                                                                 \
+    if (!(condition)) viops::on_host::fail(text, viops::on_host::Location::current()); \
+  } while (0)
 
 using cudaStream_t = void*;
 

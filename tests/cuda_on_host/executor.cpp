@@ -217,6 +217,11 @@ class Worker {
       if (static_bytes_ > kMaxStaticShared) {
         fail(*current_, "more than 48 KB of static shared memory", where);
       }
+      // `launch` opts in to more than 48 KB by the size of the dynamic part alone
+      const size_t most = launch_.shared_bytes > kMaxStaticShared ? kMaxDynamicShared : kMaxStaticShared;
+      if (static_bytes_ + launch_.shared_bytes > most) {
+        fail(*current_, "more static and dynamic shared memory than a launch gets", where);
+      }
       variable = uninitialised(bytes, alignment);
     }
     return variable.get();
@@ -249,11 +254,13 @@ class Worker {
     thread.fibre.arrive();
     threadIdx = thread.index;
     acquire(&worker.launch_.started_tag);
+    std::string thrown;
     try {
       worker.launch_.body();
     } catch (const std::exception& error) {
-      worker.fail(thread, error.what(), worker.launch_.where);
+      thrown = std::string("an exception: ") + error.what();
     }
+    if (!thrown.empty()) worker.fail(thread, thrown, worker.launch_.where);
     release(&worker.launch_.done_tag);
     worker.take_leave(thread);
     thread.fibre.leave_for_good(worker.scheduler_);
@@ -327,6 +334,11 @@ class Worker {
     for (Thread& thread : threads_) make_ready(thread);
   }
 
+  static bool same_exchange(const Thread& a, const Thread& b) {
+    return a.state == State::at_exchange && a.mask == b.mask && a.work == b.work &&
+           std::strcmp(a.name, b.name) == 0;
+  }
+
   // The lanes that take part in this thread's exchange, once all have come; else none.
   unsigned lanes_that_came(const Thread& thread) {
     const unsigned first = linear(thread) / 32 * 32;
@@ -334,9 +346,7 @@ class Worker {
     for (unsigned lane = 0; lane < 32 && first + lane < threads_.size(); ++lane) {
       const Thread& other = threads_[first + lane];
       if (!(thread.mask >> lane & 1) || other.state == State::left) continue;
-      if (other.state != State::at_exchange || other.mask != thread.mask || other.work != thread.work) {
-        return 0;
-      }
+      if (!same_exchange(other, thread)) return 0;
       active |= 1u << lane;
     }
     return active;
@@ -383,9 +393,7 @@ class Worker {
     for (unsigned lane = 0; lane < 32 && first + lane < threads_.size(); ++lane) {
       const Thread& other = threads_[first + lane];
       if (!(thread.mask >> lane & 1) || other.state == State::left) continue;
-      const bool same =
-          other.state == State::at_exchange && other.mask == thread.mask && other.work == thread.work;
-      if (same) continue;
+      if (same_exchange(other, thread)) continue;
       std::string text = waits + std::to_string(lane) + " does not come; it waits in " + other.name;
       if (other.state == State::at_exchange) text += " with mask " + hex(other.mask);
       return message(text + " at " + text_of(other.where), thread.where, &thread);

@@ -99,5 +99,9 @@ inline float __saturatef(float x) { return std::fmin(std::fmax(x, 0.0f), 1.0f); 
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
-inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
-inline int __float2int_rz(float x) { return static_cast<int>(x); }
+// Conversions to int saturate; NaN gives 0.
+inline int __float2int_rz(float x) {
+  if (x != x) return 0;
+  return x >= 0x1p31f ? INT32_MAX : x < -0x1p31f ? INT32_MIN : static_cast<int>(x);
+}
+inline int __float2int_rn(float x) { return __float2int_rz(std::nearbyint(x)); }

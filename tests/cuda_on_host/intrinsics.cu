@@ -89,6 +89,9 @@ __global__ void integers(Results out) {
   out.put(11, static_cast<unsigned>(__popcll(wide)));
   out.put(12, static_cast<unsigned>(__clzll(static_cast<long long>(wide >> (b % 64)))));
   out.put(13, static_cast<unsigned>(__ffsll(static_cast<long long>(wide << (b % 64)))));
+  out.put(14, static_cast<unsigned>(__float2int_rn(__uint_as_float(a))));
+  out.put(15, static_cast<unsigned>(__float2int_rz(__uint_as_float(a))));
+  out.put(16, static_cast<unsigned>(__float2int_rn(static_cast<float>(static_cast<int>(b)) * 0.5f)));
 }
 
 // Floats of every magnitude, with NaN, infinities, subnormals and halves of steps among them.

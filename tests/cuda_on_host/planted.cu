@@ -173,6 +173,34 @@ bool mask_without_the_caller() {
   return true;
 }
 
+__global__ void vote_in_two_ways(int* out) {
+  if (threadIdx.x < 16) {
+    out[threadIdx.x] = static_cast<int>(__ballot_sync(0xffffffffu, 1));
+  } else {
+    out[threadIdx.x] = __any_sync(0xffffffffu, 1);
+  }
+}
+
+bool two_exchanges_meet() {
+  const auto out = numbers(32);
+  launch(vote_in_two_ways, {1, 32, 0, nullptr}, out.get());
+  return true;
+}
+
+__global__ void use_both_kinds_of_shared_memory(int* out) {
+  VIOPS_SHARED(int, fixed, [2048]);
+  VIOPS_DYNAMIC_SHARED(memory);
+  memory[threadIdx.x] = 1;
+  fixed[threadIdx.x] = memory[threadIdx.x];
+  out[threadIdx.x] = fixed[threadIdx.x];
+}
+
+bool too_much_shared_memory() {
+  const auto out = numbers(32);
+  launch(use_both_kinds_of_shared_memory, {1, 32, 44 << 10, nullptr}, out.get());
+  return true;
+}
+
 __global__ void shuffle_from_inactive(int* out) {
   if (threadIdx.x < 16) out[threadIdx.x] = __shfl_sync(0x0000ffffu, static_cast<int>(threadIdx.x), 20);
 }
@@ -344,6 +372,8 @@ const std::map<std::string, std::function<bool()>> kPrograms = {
     {"wrong_mask", wrong_mask},
     {"mask_without_the_caller", mask_without_the_caller},
     {"inactive_lane", inactive_lane},
+    {"two_exchanges_meet", two_exchanges_meet},
+    {"too_much_shared_memory", too_much_shared_memory},
     {"uninitialised_shared_memory", uninitialised_shared_memory},
     {"copy_not_waited_for", copy_not_waited_for},
     {"valid_permutation", permutes<Step::barrier, Next>},

@@ -30,6 +30,13 @@ BUGS = {
     "wrong_mask": (r"__shfl_sync with mask 0xffffffff: lane 16 does not come", (), None, None),
     "mask_without_the_caller": (r"the mask 0x0000ffff lacks the calling lane", (), None, None),
     "inactive_lane": (r"__shfl_sync: reads from an inactive lane", (), None, None),
+    "two_exchanges_meet": (
+        r"lane \d+ does not come; it waits in __(any|ballot)_sync",
+        (),
+        None,
+        None,
+    ),
+    "too_much_shared_memory": (r"more static and dynamic shared memory", (), None, None),
 }
 VALID = (
     "valid_permutation",

@@ -107,6 +107,52 @@ def test_a_place_given_twice_ends_the_kernel(name: str) -> None:
         call(name, {**arguments_of(name), "index": index})
 
 
+@ON_HOST
+def test_a_place_given_twice_ends_the_kernel_without_a_fused_token_too() -> None:
+    arguments = arguments_of("restore_tokens_backward")
+    index = arguments["index"].clone()
+    index[1, 2] = index[1, 0]
+    grad_tokens = arguments["grad_tokens"].new_empty(
+        *index.shape[:1], 1 + KEEP, arguments["grad_x"].shape[2]
+    )
+    with pytest.raises(RuntimeError, match=r"index: expected each place at most once in a row"):
+        call("restore_tokens_backward", {**arguments, "index": index, "grad_tokens": grad_tokens})
+
+
+def test_more_images_than_a_grid_has_blocks() -> None:
+    x = torch.empty(1 << 31, 1, 0, device=DEVICE)
+    index = torch.empty(1 << 31, 0, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match=r"^x: expected a batch of at most"):
+        extension().restore_tokens_forward(x, index, 1, x.clone())
+
+
+@ON_HOST
+def test_rows_farther_apart_than_32_bits() -> None:
+    """Of which only virtual memory is large."""
+    storage = torch.empty(2**31 + 64, dtype=torch.float16)
+    x = storage.as_strided((1, 3, 8), (2**31 + 32, 2**30, 1))
+    x.copy_(Draw(torch.float16).normal(1, 3, 8))
+    scores = torch.tensor([[1.0, 2.0]])
+    tokens, index = x.new_empty(1, 3, 8), torch.empty(1, 1, dtype=torch.int64)
+    extension().reorganize_tokens_forward(x, scores, tokens, index)
+    wanted, order = reference.reorganize_tokens_forward(x.clone(), scores, 1, 1, True)
+    assert torch.equal(index, order)
+    torch.testing.assert_close(tokens, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+def test_images_that_do_not_begin_at_whole_vectors(dtype: torch.dtype) -> None:
+    x = Draw(dtype).normal(3 * (23 * 16 + 1)).as_strided((3, 23, 16), (23 * 16 + 1, 16, 1))
+    scores = Draw(torch.float32).probabilities(3, 22)
+    tokens = torch.full((3, 13, 16), torch.nan, dtype=dtype, device=DEVICE)
+    index = torch.full((3, 11), -7, device=DEVICE)
+    on_device_x = on_device({"x": x})["x"]
+    extension().reorganize_tokens_forward(on_device_x, scores.to(DEVICE), tokens, index)
+    wanted, order = reference.reorganize_tokens_forward(x, scores, 11, 1, True)
+    assert torch.equal(index.cpu(), order)
+    torch.testing.assert_close(tokens.cpu(), wanted)
+
+
 _BAD_INDEX = """
 import torch, viops
 tokens = torch.zeros(2, 6, 8, device="cuda")
