@@ -327,5 +327,9 @@ def num_threads(count: int) -> Iterator[None]:
 
 
 def batched(args: tuple, times: int) -> tuple:
-    """The arguments with the batch repeated along the leading axis of each tensor."""
-    return tuple(torch.cat([arg] * times) if isinstance(arg, Tensor) else arg for arg in args)
+    """The arguments with the batch repeated: the leading axis of those as long as the first."""
+    batch = args[0].shape[0]
+    return tuple(
+        torch.cat([arg] * times) if isinstance(arg, Tensor) and arg.shape[0] == batch else arg
+        for arg in args
+    )

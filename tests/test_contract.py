@@ -361,16 +361,21 @@ def test_flops_are_counted(case: Case, backend: Backend) -> None:
         assert op.overloadpacket in counted
 
 
-@pytest.mark.parametrize(("case", "backend"), pairs(), ids=case_id)
-def test_the_registered_op_gives_the_same_bits(case: Case, backend: Backend) -> None:
-    if backend.name == "reference":
-        pytest.skip("plain PyTorch: no registered op takes part")
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [(case, backend) for case, backend in pairs() if backend.name != "reference"],
+    ids=case_id,
+)
+def test_each_way_to_a_kernel_gives_the_same_bits(case: Case, backend: Backend) -> None:
     args, kwargs = case.inputs(torch.float32, backend.device)
     with backend.enter(), contract.poisoned_memory():
         plain = contract.run(contract.public(case), args, kwargs)
         with contract.Recorder():
             registered = contract.run(contract.public(case), args, kwargs)
+        with torch.no_grad():
+            inferred = contract.as_tuple(contract.public(case)(*args, **kwargs))
     assert_same_bits(registered, plain)
+    assert_same_bits(contract.Result(inferred, {}), plain._replace(grads={}))
 
 
 @pytest.mark.parametrize("case", main_cases(), ids=case_id)
@@ -397,6 +402,8 @@ def test_calls_run_where_explain_says(
     for op, by_name in dispatch._kernels.items():
         for name, kernels in by_name.items():
             noted = kernels._replace(forward=noting(op, name, kernels.forward))
+            if kernels.infer:
+                noted = noted._replace(infer=noting(op, name, kernels.infer))
             monkeypatch.setitem(by_name, name, noted)
     monkeypatch.setattr(dispatch, "_choices", {})
     args, kwargs = case.inputs(dtype, backend.device)

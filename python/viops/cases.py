@@ -72,12 +72,15 @@ class Case:
     name: str
     #: Gives the positional arguments.
     make: Callable[[Draw], tuple]
-    #: The keyword arguments.
+    #: The keyword arguments; one that can be called gives its value, as `make` gives the others.
     options: Mapping[str, object] = field(default_factory=dict)
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
         """The arguments, with floating-point tensors of this dtype."""
-        return Inputs(self.make(Draw(dtype, device, seed)), dict(self.options))
+        draw = Draw(dtype, device, seed)
+        args = self.make(draw)
+        options = {key: v(draw) if callable(v) else v for key, v in self.options.items()}
+        return Inputs(args, options)
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name.replace(' ', '_')}"

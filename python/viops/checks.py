@@ -17,28 +17,29 @@ def check_float_tensor(name: str, value: object, axes: str) -> None:
     """A floating-point tensor with these axes, as in "B N C"."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor [{axes}], got {type(value).__name__}")
-    if value.dim() != len(axes.split()):
+    if value.dim() != axes.count(" ") + 1:
         raise ValueError(f"{name}: expected [{axes}], got shape {list(value.shape)}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected {_FLOATS}, got {value.dtype}")
-    _check_strided(name, value)
+    if value.layout is not torch.strided or value.is_nested:
+        _refuse_layout(name, value)
 
 
 def check_index_tensor(name: str, value: object, axes: str) -> None:
     """An int64 tensor with these axes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor [{axes}], got {type(value).__name__}")
-    if value.dim() != len(axes.split()):
+    if value.dim() != axes.count(" ") + 1:
         raise ValueError(f"{name}: expected [{axes}], got shape {list(value.shape)}")
     if value.dtype is not torch.int64:
         raise TypeError(f"{name}: expected int64, got {value.dtype}")
-    _check_strided(name, value)
-
-
-def _check_strided(name: str, value: Tensor) -> None:
     if value.layout is not torch.strided or value.is_nested:
-        kind = "a nested one" if value.is_nested else value.layout
-        raise TypeError(f"{name}: expected a strided tensor, got {kind}")
+        _refuse_layout(name, value)
+
+
+def _refuse_layout(name: str, value: Tensor) -> None:
+    kind = "a nested one" if value.is_nested else value.layout
+    raise TypeError(f"{name}: expected a strided tensor, got {kind}")
 
 
 def check_scale(name: str, value: object) -> float:

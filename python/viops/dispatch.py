@@ -33,6 +33,8 @@ class Kernels(NamedTuple):
     backward: Callable
     #: Called with the tensors' device type and dtype; the reason why this backend cannot, or None.
     refuses: Callable[[str, torch.dtype], str | None]
+    #: Forward that gives a tuple of the first result alone, where that costs less.
+    infer: Callable | None = None
 
 
 class BackendError(RuntimeError):
@@ -390,13 +392,21 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         """Runs the op on these positional arguments, by the shortest way that is right here."""
+        return self._call(args, self._forward)
+
+    def first(self, *args: Any) -> Tensor:
+        """The first result alone: where no backward follows the others need not be made."""
+        return self._call(args, self._infer)[0]
+
+    def _call(self, args: tuple, forward: Callable) -> Any:
+        """`forward` is what runs where nothing is to be differentiated."""
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if is_plain_eager(*tensors):
             if torch.is_grad_enabled():
                 for tensor in tensors:
                     if tensor.requires_grad:
                         return self._eager_function.apply(*args)
-            return self._forward(*args)
+            return forward(*args)
         if not _is_compiling() and (
             _functorch_level() is not None or _forward_ad._current_level >= 0
         ):
@@ -427,6 +437,11 @@ class Op:
         first = args[0]
         _, kernels = choose(self.name, first.device.type, first.dtype)
         return kernels.forward(*args)
+
+    def _infer(self, *args: Any) -> Any:
+        first = args[0]
+        _, kernels = choose(self.name, first.device.type, first.dtype)
+        return (kernels.infer or kernels.forward)(*args)
 
     def _backward(self, *args: Any) -> Any:
         first = args[0]

@@ -17,6 +17,7 @@ from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ... import checks, dispatch, native, triton_runtime
+from ...autocast import cast_as_attention
 from ...dispatch import Kernels
 from . import reference
 
@@ -213,18 +214,6 @@ def class_attention_scores(
     if dispatch.is_reference_forced():
         return reference.class_attention_scores(q, k, num_prefix=num_prefix, scale=scale)
     return _class_attention_scores(q, k, num_prefix, scale)[0]
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """x as scaled_dot_product_attention casts it."""
-    if not torch._C._is_any_autocast_enabled() or not isinstance(x, Tensor):
-        return x
-    device = x.device.type
-    if not x.is_floating_point() or x.dtype is torch.float64:
-        return x
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
 
 
 def _native_attention_forward(
@@ -450,7 +439,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = 
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1.
     """
-    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    q, k, v = cast_as_attention(q), cast_as_attention(k), cast_as_attention(v)
     _check_attention(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else checks.check_scale("scale", scale)
     if dispatch.is_reference_forced():
@@ -486,7 +475,7 @@ def class_attention(
 
     Source: EViT (Liang et al., ICLR 2022), section 3.2, equations 1 and 2.
     """
-    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    q, k, v = cast_as_attention(q), cast_as_attention(k), cast_as_attention(v)
     _check_attention(q, k, v)
     num_prefix = checks.check_int("num_prefix", num_prefix, 1, q.shape[2], "the number of tokens")
     scale = q.shape[-1] ** -0.5 if scale is None else checks.check_scale("scale", scale)
