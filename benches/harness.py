@@ -33,6 +33,7 @@ from sampling import (
 )
 from tables import times
 from torch import Tensor
+from viops.cli.measure import peak_bytes
 
 #: A bar: "<=" is at most so many times the contender's time, ">=" at least so many times faster.
 #: Against "viops" itself, the limit is seconds a call.
@@ -218,6 +219,45 @@ class Harness:
         record["bars"] = [_judge(name, bar, record) for name, bar in limits.items()]
         self._benchmark.extra_info.update(record)
         self._benchmark.has_error = False
+        self.record = record
+        return record
+
+    def compare_memory(
+        self,
+        title: str,
+        contenders: Mapping[str, Callable[..., object]],
+        *,
+        inputs: tuple,
+        bars: Mapping[str, Mapping[str, Bar]] | None = None,
+    ) -> dict[str, Any]:
+        """The most memory that tensors hold while each contender runs, beyond its inputs.
+
+        Arguments and result are those of `compare`, with bytes for seconds.
+        """
+        limits = (bars or {}).get(self.device.type, {})
+        _check_arguments(contenders, None, limits, ())
+        contenders = dict(contenders)
+        if self._only_viops:
+            contenders, limits = {"viops": contenders["viops"]}, {}
+        self._warm_up(contenders, [inputs], ())
+        peaks = {
+            name: peak_bytes(lambda call=call: call(*inputs), self.device.type)
+            for name, call in contenders.items()
+        }
+        self._benchmark.pedantic(contenders["viops"], args=inputs, rounds=1)
+        record: dict[str, Any] = {
+            "op": self._op,
+            "title": title,
+            "unit": "bytes",
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "rounds": 1,
+            "contenders": {name: {"best": peak} for name, peak in peaks.items()},
+            "notes": {},
+        }
+        record["ratios"] = _ratios(record)
+        record["bars"] = [_judge(name, bar, record) for name, bar in limits.items()]
+        self._benchmark.extra_info.update(record)
         self.record = record
         return record
 

@@ -21,6 +21,11 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
+def format_bytes(count: float) -> str:
+    """Three digits in MB."""
+    return f"{count / 1e6:.3g} MB"
+
+
 def format_bar(bar: Mapping[str, Any]) -> str:
     """Such as "at most 1.4 x: met"."""
     words = "at most" if bar["relation"] == "<=" else "at least"
@@ -32,6 +37,10 @@ def format_record(record: Mapping[str, Any]) -> str:
     """The table of one bench."""
     bars = {bar["against"]: bar for bar in record["bars"]}
     on_gpu = record.get("device", "cpu") != "cpu"
+    of_bytes = record.get("unit") == "bytes"
+    formatted = format_bytes if of_bytes else format_seconds
+    fewer = "less" if of_bytes else "faster"
+    times_its = "its memory" if of_bytes else "its time"
     rows = [("", "best", "median", "" if on_gpu else "faults", "viops takes", "bar")]
     for name, row in times(record).items():
         bar = format_bar(bars[name]) if name in bars else ""
@@ -42,12 +51,13 @@ def format_record(record: Mapping[str, Any]) -> str:
         if name != "viops":
             ratio = record["ratios"][name]
             over = name == "floor" or bars.get(name, {}).get("relation") == "<="
-            took = f"{1 / ratio:.2f} x its time" if over or ratio < 1 else f"{ratio:.2f} x faster"
+            over = over or ratio < 1
+            took = f"{1 / ratio:.2f} x {times_its}" if over else f"{ratio:.2f} x {fewer}"
         rows.append(
             (
                 name,
-                format_seconds(row["best"]),
-                format_seconds(row["median"]),
+                formatted(row["best"]),
+                formatted(row["median"]) if "median" in row else "",
                 "" if on_gpu else str(row.get("page_faults", "")),
                 took,
                 bar,
@@ -60,7 +70,9 @@ def format_record(record: Mapping[str, Any]) -> str:
         cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  " + "  ".join(cells).rstrip())
     lines += [f"  {text}" for text in _floor_lines(record)]
-    if on_gpu:
+    if of_bytes:
+        lines.append("  the most that tensors held at once, beyond the inputs")
+    elif on_gpu:
         lines.append(f"  {_words_on_calls(record)}")
     else:
         lines.append(f"  malloc: {record['malloc']}")

@@ -354,7 +354,7 @@ def test_an_interrupted_run_keeps_what_it_has(folder: Path, interrupt):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--op", "no_such_op"), "--op: 'no_such_op' has no bench; there are: token_reorg"),
+        (("--op", "no_such_op"), "--op: 'no_such_op' has no bench; there are: decayed_"),
         (("--base", "main", "--check"), "--check: is of no use with --base"),
         (("--threads", "0"), "--threads: expected at least 1, got 0"),
         (("--plot", "ratios.xyz"), "--plot ratios.xyz: expected a name that ends with one of"),

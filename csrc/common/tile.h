@@ -1,5 +1,8 @@
-// A register tile of a float32 matrix product, and 2^x.  Local to the including file: see cpu_level.h.
+// A register tile of a float32 matrix product, powers of two and logarithms.  Local to the including file:
+// see cpu_level.h.
 #pragma once
+
+#include <cmath>
 
 #include "common/rows.h"
 
@@ -72,25 +75,47 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, Factors a, const flo
   }
 }
 
-// 2^x for x <= 0 (or just above it) to 2e-7 relative; below -126 it is 0, and NaN stays NaN.  The polynomial
-// is the Taylor series of 2^f, f in [-1/2, 1/2], to its seventh term.
+// 2^x for x <= 0 (or just above it) to 1e-7 relative; below -126.5 it is 0, and NaN stays NaN.  The
+// polynomial is the one of its degree that is nearest to 2^f, f in [-1/2, 1/2], among those that are 1 at 0.
 VIOPS_INLINE Vector<float> exp2_of_nonpositive(Vector<float> x) {
   using Bits = MaskVector<float>;
-  const Vector<float> lowest = Vector<float>{} - 126.0f;
+  const Vector<float> lowest = Vector<float>{} - 127.0f;
   const Vector<float> to_integer = Vector<float>{} + 0x1.8p23f;  // adding it rounds to an integer
-  const Bits vanishes = x < lowest;
-  x = vanishes ? lowest : x;
+  x = lowest > x ? lowest : x;
   const Vector<float> shifted = x + to_integer;
   const Vector<float> f = x - (shifted - to_integer);
-  Vector<float> power = Vector<float>{} + 1.5403530e-4f;
-  power = power * f + 1.3333558e-3f;
-  power = power * f + 9.6181291e-3f;
-  power = power * f + 5.5504109e-2f;
-  power = power * f + 2.4022651e-1f;
-  power = power * f + 6.9314718e-1f;
+  Vector<float> power = Vector<float>{} + 1.5353362e-4f;
+  power = power * f + 1.33988745e-3f;
+  power = power * f + 9.61843736e-3f;
+  power = power * f + 5.55033247e-2f;
+  power = power * f + 2.40226479e-1f;
+  power = power * f + 6.93147203e-1f;
   power = power * f + 1.0f;
-  power *= bit_cast<Vector<float>>((bit_cast<Bits>(shifted) << 23) + (127 << 23));
-  return vanishes ? Vector<float>{} : power;
+  return power * bit_cast<Vector<float>>((bit_cast<Bits>(shifted) << 23) + (127 << 23));  // 2^-127 becomes 0
+}
+VIOPS_INLINE Vector<double> exp2_of_nonpositive(Vector<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp2(x[i]);
+  return x;
+}
+
+// The natural logarithm of x > 0, not subnormal, to 1e-7 of 1; NaN and infinity give NaN.
+VIOPS_INLINE Vector<float> log_of_positive(Vector<float> x) {
+  using Bits = MaskVector<float>;
+  const Bits bits = bit_cast<Bits>(x);
+  const Bits exponent = (bits - 0x3f3504f3) >> 23;  // so that the rest is from sqrt(1/2) to sqrt(2)
+  const Vector<float> rest = bit_cast<Vector<float>>(bits - (exponent << 23));
+  // log(rest) = 2 artanh(s)
+  const Vector<float> s = (rest - 1.0f) / (rest + 1.0f), square = s * s;
+  Vector<float> series = square * (1.0f / 9) + 1.0f / 7;
+  series = series * square + 1.0f / 5;
+  series = series * square + 1.0f / 3;
+  const Vector<float> log_of_rest = 2.0f * s + 2.0f * s * square * series;
+  const Vector<float> whole = __builtin_convertvector(exponent, Vector<float>);
+  return whole * 0.693147181f + log_of_rest + (x - x);
+}
+VIOPS_INLINE Vector<double> log_of_positive(Vector<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::log(x[i]);
+  return x;
 }
 
 }  // namespace

@@ -8,8 +8,11 @@ except ImportError as _error:
         "pip install torch"
     ) from _error
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from . import nn, patch
 from .dispatch import BackendError, Explanation, explain, use_backend
+from .ops.decayed_attention import decayed_attention
 from .ops.token_reorganization import (
     class_attention,
     class_attention_scores,
@@ -18,6 +21,9 @@ from .ops.token_reorganization import (
     softmax_attention,
 )
 
+if _TYPE_CHECKING:
+    from . import models
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -25,7 +31,9 @@ __all__ = [
     "Explanation",
     "class_attention",
     "class_attention_scores",
+    "decayed_attention",
     "explain",
+    "models",
     "nn",
     "patch",
     "reorganize_tokens",
@@ -33,3 +41,12 @@ __all__ = [
     "softmax_attention",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """viops.models is imported where it is asked for: it brings timm with it, where that is."""
+    if name == "models":
+        import importlib
+
+        return importlib.import_module(".models", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -55,6 +55,16 @@ FAMILIES = (
             },
         },
     ),
+    Family(
+        name="decayed_attention",
+        paper="RMT: Fan et al., CVPR 2024, arXiv:2309.11523",
+        ops={
+            "decayed_attention": {
+                "cuda": "it is written in Triton",
+                "torch": _NO_SUCH_OP,
+            },
+        },
+    ),
 )
 
 
