@@ -259,7 +259,7 @@ def test_copies_are_patched_and_independent() -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(other.blocks[0].attn) is type(model.blocks[0].attn)
         assert torch.equal(other(images), out)
-        assert other.blocks[0].attn.grid_of[0] is other.patch_embed
+        assert other.blocks[0].attn.grid_of[0] is other
         viops.patch.undo(other)
         assert torch.equal(other(images), make_model()(images))
         assert torch.equal(model(images), out)
@@ -272,6 +272,26 @@ def test_the_grid_follows_set_input_size() -> None:
     images = make_images(2, 16, 64)
     expected = masked_features(plain, images, DECAY, (0, 1, 2, 3))
     torch.testing.assert_close(model.forward_features(images), expected, **TOLERANCE)
+
+
+def test_the_grid_follows_a_new_patch_embed() -> None:
+    model = viops.patch.manhattan(make_model())
+    model.patch_embed = copy.deepcopy(model.patch_embed)
+    model.set_input_size(img_size=(16, 64))
+    undone = viops.patch.undo(copy.deepcopy(model))
+    viops.patch.manhattan(undone)
+    images = make_images(2, 16, 64)
+    torch.testing.assert_close(model(images), undone(images))
+
+
+def test_decays_survive_the_meta_device() -> None:
+    model = viops.patch.manhattan(make_model(), DECAY)
+    with torch.device("meta"):
+        other = make_model()
+    viops.patch.manhattan(other, DECAY)
+    other.to_empty(device="cpu").load_state_dict(model.state_dict())
+    for block in other.blocks:
+        assert block.attn.log_decay.tolist() == pytest.approx(DECAY)
 
 
 def test_intermediates() -> None:

@@ -98,7 +98,8 @@ VIOPS_INLINE Vector<double> exp2_of_nonpositive(Vector<double> x) {
   return x;
 }
 
-// The natural logarithm of x > 0, not subnormal, to 1e-7 of 1; NaN and infinity give NaN.
+// The natural logarithm of x > 0, not subnormal, to 1.2e-7 of the larger of 1 and itself; NaN and infinity
+// give NaN.
 VIOPS_INLINE Vector<float> log_of_positive(Vector<float> x) {
   using Bits = MaskVector<float>;
   const Bits bits = bit_cast<Bits>(x);

@@ -37,8 +37,8 @@ struct CpuKernels {
   void (*forward)(const Inputs& inputs, const TensorView& out, const TensorView* logsumexp,
                   const TensorView* inner);
 
-  // grad_out [B, H, h, w, Dv] and what forward gave -> grad_q, grad_k [B, H, h, w, D], grad_v
-  // [B, H, h, w, Dv] and, unless null, grad_log_decay [B, H] of A, contiguous.
+  // grad_out [B, H, h, w, Dv] and what forward gave (out is for other backends) -> grad_q, grad_k [B, H, h,
+  // w, D], grad_v [B, H, h, w, Dv] and, unless null, grad_log_decay [B, H] of A, contiguous.
   void (*backward)(const TensorView& grad_out, const Inputs& inputs, const TensorView& out,
                    const TensorView& logsumexp, const TensorView* inner, const TensorView& grad_q,
                    const TensorView& grad_k, const TensorView& grad_v, const TensorView* grad_log_decay);

@@ -250,6 +250,7 @@ class RMT(nn.Module):
         drop_rate: of the dropout before the classifier.
         drop_path_rate: that of the last block, rising from 0 in the first; None is the config's.
         learnable_decay: as in viops.nn.ManhattanSelfAttention.
+        global_pool: "avg", as timm names the only one there is.
     """
 
     def __init__(
@@ -260,8 +261,10 @@ class RMT(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float | None = None,
         learnable_decay: bool = False,
+        global_pool: str = "avg",
     ) -> None:
         super().__init__()
+        _check_pool(global_pool)
         if drop_path_rate is not None:
             config = replace(config, drop_path_rate=drop_path_rate)
         self.config = config
@@ -353,8 +356,7 @@ class RMT(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier for so many classes; 0 is none."""
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool: expected 'avg' or None, got {global_pool!r}")
+        _check_pool("avg" if global_pool is None else global_pool)
         self.num_classes = num_classes
         self.head = self._make_head().to(next(self.parameters()))
 
@@ -387,13 +389,18 @@ class RMT(nn.Module):
             return list(range(count))
         if isinstance(indices, int):
             indices = range(count - indices, count)
-        places = [i + count if i < 0 else i for i in indices]
+        places = sorted(i + count if i < 0 else i for i in indices)
         if not places or any(not 0 <= place < count for place in places):
             raise ValueError(f"indices: expected some of the {count} stages, got {indices!r}")
         return places
 
     def _make_head(self) -> nn.Module:
         return nn.Linear(_HEAD_CHANNELS, self.num_classes) if self.num_classes else nn.Identity()
+
+
+def _check_pool(global_pool: str) -> None:
+    if global_pool != "avg":
+        raise ValueError(f"global_pool: expected 'avg', got {global_pool!r}")
 
 
 def _init_linear(module: nn.Module) -> None:

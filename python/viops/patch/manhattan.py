@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +24,9 @@ class DecayingAttention(Patched, WideBuffers):
 
     prefix = "Decaying"
     log_decay: Tensor  # [H], a buffer that state_dict leaves out
-    #: The model's patch_embed, which knows the grid; in a tuple, as it is no part of attention.
+    #: The decays as numbers, for a model that leaves the meta device.
+    decays: tuple[float, ...]
+    #: The model, whose patch_embed knows the grid; in a tuple, as it is no part of attention.
     grid_of: tuple[nn.Module]
     num_prefix: int
 
@@ -33,6 +35,10 @@ class DecayingAttention(Patched, WideBuffers):
         if attn_mask is not None or is_causal:
             name = "is_causal" if attn_mask is None else "attn_mask"
             raise ValueError(f"{name}: decayed attention takes no attention mask; expected none")
+        if self.training and self.attn_drop.p > 0:
+            raise ValueError(
+                f"attn_drop: decayed attention has no dropout; expected 0, got {self.attn_drop.p}"
+            )
         height, width = self._check_grid(x)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, D]
@@ -63,8 +69,8 @@ class DecayingAttention(Patched, WideBuffers):
         return out.transpose(1, 2).flatten(2)
 
     def _check_grid(self, x: Tensor) -> tuple[int, int]:
-        patch_embed: Any = self.grid_of[0]
-        height, width = patch_embed.grid_size
+        model: Any = self.grid_of[0]
+        height, width = model.patch_embed.grid_size
         if x.shape[1] != self.num_prefix + height * width:
             raise ValueError(
                 f"x: expected {self.num_prefix} + {height} * {width} tokens, the whole grid of "
@@ -72,8 +78,15 @@ class DecayingAttention(Patched, WideBuffers):
             )
         return height, width
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DecayingAttention:
+        was_meta = self.log_decay.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.log_decay.is_meta:  # no state_dict has it
+            self.log_decay.copy_(torch.tensor(self.decays))
+        return self
+
     def extra_repr(self) -> str:
-        return f"log_decay={[round(value, 4) for value in self.log_decay.tolist()]}"
+        return f"log_decay={[round(value, 4) for value in self.decays]}"
 
 
 def manhattan(
@@ -97,7 +110,8 @@ def manhattan(
     Args:
         model: timm.models.vision_transformer.VisionTransformer or the distilled DeiT, not wrapped
             in anything: patch first, then compile or distribute.
-        log_decay: [H], the logarithm of each head's decay per step, at most 0; None is RMT's,
+        log_decay: [H], the logarithm of each head's decay per step, at most 0 and
+            finite; None is RMT's,
             ``log(1 - 2 ** -(initial_value + heads_range * i / H))`` for head i.
         initial_value, heads_range: of RMT's decays.
         layers: places in ``model.blocks``; None is all.
@@ -130,7 +144,8 @@ def manhattan(
         attention.register_buffer(
             "log_decay", decay.to(attention.qkv.weight.device, copy=True), persistent=False
         )
-        attention.grid_of = (model.patch_embed,)
+        attention.decays = tuple(decay.tolist())
+        attention.grid_of = (model,)
         attention.num_prefix = model.num_prefix_tokens
     return model
 
@@ -143,7 +158,7 @@ def undo(model: Model) -> Model:
     """
     decaying = [module for module in model.modules() if isinstance(module, DecayingAttention)]
     for attention in decaying:
-        del attention.log_decay, attention.grid_of, attention.num_prefix
+        del attention.log_decay, attention.decays, attention.grid_of, attention.num_prefix
         attention.__class__ = own_class(attention)
     if isinstance(model, ReorganizingVisionTransformer):
         undo_evit(model)
@@ -207,8 +222,8 @@ def _check_decay(log_decay: Tensor | Sequence[float], num_heads: int) -> Tensor:
     decay = torch.as_tensor(log_decay, dtype=torch.float32).detach()
     if decay.shape != (num_heads,):
         raise ValueError(f"log_decay: expected [H] = [{num_heads}], got shape {list(decay.shape)}")
-    if not (decay <= 0).all():
-        raise ValueError(f"log_decay: expected at most 0, got {decay.tolist()}")
+    if not (decay <= 0).all() or not decay.isfinite().all():
+        raise ValueError(f"log_decay: expected at most 0 and finite, got {decay.tolist()}")
     return decay
 
 

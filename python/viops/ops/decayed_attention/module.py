@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +16,9 @@ from .op import decayed_attention
 #: How many grids a RelativePosition2d keeps tables for.
 _MAX_GRIDS = 8
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+_IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+#: Of smaller batches torch's convolutions are not oneDNN's on one thread.
+_MIN_BATCH_OF_ONE_THREAD = 16
 
 
 class GridPosition(NamedTuple):
@@ -27,6 +30,12 @@ class GridPosition(NamedTuple):
 
 def log_decays(num_heads: int, initial_value: float, heads_range: float) -> Tensor:
     """log_decay [H], float32: of head i, log(1 - 2 ** -(initial_value + heads_range * i / H))."""
+    slowest = min(initial_value, initial_value + heads_range * (num_heads - 1) / num_heads)
+    if not slowest > 0:  # NaN too
+        raise ValueError(
+            "initial_value, heads_range: expected decays of less than 1, so exponents above 0 for "
+            f"all heads, got {initial_value} and {heads_range}"
+        )
     heads = torch.arange(num_heads, dtype=torch.float)
     return torch.log(1 - 2 ** (-initial_value - heads_range * heads / num_heads))
 
@@ -82,7 +91,8 @@ class RelativePosition2d(WideBuffers):
         angle = 1.0 / (10000 ** torch.linspace(0, 1, head_dim // 2))
         self.register_buffer("angle", angle.repeat_interleave(2))  # [D]
         self.register_buffer("decay", log_decays(num_heads, initial_value, heads_range))  # [H]
-        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+        #: By grid: the angles that tables were made of, their version, and the tables.
+        self._tables: dict[tuple, tuple[Tensor, int, tuple[Tensor, Tensor]]] = {}
 
     def forward(self, height: int, width: int) -> GridPosition:
         """Sin and cos [height, width, D], and log_decay [H]."""
@@ -91,17 +101,19 @@ class RelativePosition2d(WideBuffers):
     def _rotation(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         if not is_plain_eager(self.angle):  # tables of a trace or a transform belong to it
             return self._make_tables(height, width)
-        key = (height, width, self.angle.device, self.angle.dtype)
-        tables = self._tables.get(key)
-        if tables is None:
+        angle, key = self.angle, (height, width)
+        version = 0 if angle.is_inference() else angle._version
+        made_of, made_at, tables = self._tables.get(key, (None, 0, None))
+        if tables is None or made_of is not angle or made_at != version:
             # not made in inference mode, so that training may use them too
             with torch.inference_mode(False), torch.no_grad():
                 tables = self._make_tables(height, width)
-            if self.angle.is_cuda and torch.cuda.is_current_stream_capturing():
+            if angle.is_cuda and torch.cuda.is_current_stream_capturing():
                 return tables  # in memory that the graph will overwrite
+            self._tables.pop(key, None)
             for oldest in list(self._tables)[: 1 - _MAX_GRIDS]:
                 self._tables.pop(oldest, None)
-            self._tables[key] = tables
+            self._tables[key] = angle, version, tables
         return tables
 
     def _make_tables(self, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -132,31 +144,45 @@ class RelativePosition2d(WideBuffers):
 def _is_plain_float(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's CPU convolutions of these are as exact as its products and sums."""
     return (
-        x.device.type == "cpu"
+        x.device.type == weight.device.type == "cpu"
         and x.dtype is weight.dtype
         and x.dtype in (torch.float32, torch.float64)
+        and type(weight) in (Tensor, nn.Parameter)
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """[B, h, w, C] -> [B, C, h, w], in channels_last: a view where x is contiguous."""
+    return x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
 class GridLinear(nn.Linear):
     """nn.Linear over the channels of a grid [B, h, w, C].
 
-    On the CPU, in float32, it runs as a convolution of size 1: oneDNN's.  The product that torch
-    takes for nn.Linear is MKL's, which leaves AVX-512 unused on processors that are not Intel's.
+    On x86 CPUs, in float32 and outside of torch.compile, it runs as a convolution of size 1, which
+    is oneDNN's.  The product that torch takes for nn.Linear is MKL's, which was half as fast on an
+    AMD processor with AVX-512; on Intel's it has not been measured.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, h, w, in_features] -> [B, h, w, out_features]."""
-        if not (
-            x.dim() == 4
+        if torch.compiler.is_compiling() or not self._runs_on_onednn(x):
+            return super().forward(x)
+        out = F.conv2d(_channels_first(x), self.weight[:, :, None, None], self.bias)
+        return out.permute(0, 2, 3, 1)
+
+    def _runs_on_onednn(self, x: Tensor) -> bool:
+        return (
+            _IS_X86
+            and x.dim() == 4
+            and x.numel() > 0
             and x.dtype is torch.float32
             and _is_plain_float(x, self.weight)
-            and _HAS_ONEDNN
-        ):
-            return super().forward(x)
-        out = F.conv2d(x.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias)
-        return out.permute(0, 2, 3, 1)
+            and torch._C._get_mkldnn_enabled()
+            # else torch's own convolution, on MKL's product
+            and (torch.get_num_threads() > 1 or x.shape[0] >= _MIN_BATCH_OF_ONE_THREAD)
+        )
 
 
 class DepthwiseConv2d(nn.Module):
@@ -176,8 +202,8 @@ class DepthwiseConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, h, w, C] -> [B, h, w, C]: in channels_last, a view each way."""
-        channels_first = x.permute(0, 3, 1, 2)
-        if self.residual and _is_plain_float(x, self.conv.weight) and self._is_as_made():
+        channels_first = _channels_first(x)
+        if self.residual and self._is_as_made() and _is_plain_float(x, self.conv.weight):
             out = self._convolve_with_residual(channels_first)
         else:
             out = self.conv(channels_first)
@@ -196,12 +222,21 @@ class DepthwiseConv2d(nn.Module):
         )
 
     def _is_as_made(self) -> bool:
-        """Whether nobody watches or has replaced `conv`."""
+        """Whether `conv` is what it was made as, with nobody who watches or overrides its call."""
         conv = self.conv
+        side = conv.kernel_size[0]
         return (
             type(conv) is nn.Conv2d
+            and "forward" not in vars(conv)
+            and conv.groups == conv.in_channels == conv.out_channels
+            and conv.kernel_size == (side, side)
+            and side % 2 == 1
+            and conv.padding == (side // 2, side // 2)
+            and conv.stride == conv.dilation == (1, 1)
+            and conv.padding_mode == "zeros"
             and not (conv._forward_hooks or conv._forward_pre_hooks)
             and not (conv._backward_hooks or conv._backward_pre_hooks)
+            and not nn.modules.module._has_any_global_hook()
         )
 
 
@@ -255,6 +290,8 @@ class ManhattanSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, position: GridPosition) -> Tensor:
         """x [B, h, w, C], and RelativePosition2d's position of this grid -> [B, h, w, C]."""
+        if x.dim() != 4:
+            raise ValueError(f"x: expected [B, h, w, C], got shape {list(x.shape)}")
         rotation, log_decay = position
         if self.log_exponent is not None:
             log_decay = log_decay * self.log_exponent.exp()

@@ -362,7 +362,7 @@ def decayed_attention(
         k: [B, H, h, w, D], of q's dtype and device.
         v: [B, H, h, w, Dv], of q's dtype and device.
         log_decay: [H], of any of these dtypes: the logarithm of each head's decay per step, at
-            most 0.
+            most 0 and finite; that is for the caller to see to.
         axial: whether each token attends to all of the grid, at O((h w)^2) cost, or first to its
             row and then, on what that gave, to its column, with the same q and k, at
             O(h w (h + w)).

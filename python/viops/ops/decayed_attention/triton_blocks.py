@@ -141,7 +141,7 @@ def decayed_attention_blocks_forward_kernel(
     strides = own_strides(num_heads, height, width, VALUE_DIM)
     out_ptr = at_head(out_ptr, strides, image, head)
     store_tile(out_ptr, strides, sums / total[:, None], tokens, VALUE_DIM, BLOCK_V)
-    logsumexp_ptr += image.to(tl.int64) * logsumexp_stride_b + head * height * width
+    logsumexp_ptr += image.to(tl.int64) * logsumexp_stride_b + head.to(tl.int64) * height * width
     tl.store(
         logsumexp_ptr + tokens[0] * width + tokens[1],
         natural(peak, HALF) + tl.log(total),
@@ -210,9 +210,9 @@ def decayed_attention_blocks_backward_q_kernel(
     grad_out = load_tile(grad_out_ptr, grad_out_strides, tokens, VALUE_DIM, BLOCK_V)
     out = load_tile(out_ptr, out_strides, tokens, VALUE_DIM, BLOCK_V)
     delta = tl.sum(grad_out.to(dtype) * out.to(dtype), axis=1)
-    token = head * height * width + tokens[0] * width + tokens[1]
+    token = head.to(tl.int64) * height * width + tokens[0] * width + tokens[1]
     logsumexp_ptr += image.to(tl.int64) * logsumexp_stride_b
-    logsumexp = tl.load(logsumexp_ptr + token, tokens[2], other=0.0)
+    logsumexp = tl.load(logsumexp_ptr + token, tokens[2], other=float("inf"))
     logsumexp = in_units(logsumexp, HALF)
 
     grad_q = tl.zeros([BLOCK, BLOCK_D], dtype)
@@ -312,7 +312,7 @@ def decayed_attention_blocks_backward_kv_kernel(
     scale = to_scalar(scale, dtype)
     factor = in_units(scale, HALF)
     decay = load_decay(log_decay_ptr, decay_strides, image, head, HALF)
-    logsumexp_ptr += image.to(tl.int64) * logsumexp_stride_b + head * height * width
+    logsumexp_ptr += image.to(tl.int64) * logsumexp_stride_b + head.to(tl.int64) * height * width
     first = (image.to(tl.int64) * num_heads + head) * height * width
     share_ptr += first
     delta_ptr += first
@@ -328,7 +328,7 @@ def decayed_attention_blocks_backward_kv_kernel(
         q = load_rotated(q_ptr, q_strides, rotation, queries, ROTATED, HEAD_DIM, BLOCK_D)
         grad_out = load_tile(grad_out_ptr, grad_out_strides, queries, VALUE_DIM, BLOCK_V)
         token = queries[0] * width + queries[1]
-        logsumexp = tl.load(logsumexp_ptr + token, queries[2], other=0.0)
+        logsumexp = tl.load(logsumexp_ptr + token, queries[2], other=float("inf"))
         share = tl.load(share_ptr + token, queries[2], other=0.0)  # none where there is no query
         delta = tl.load(delta_ptr + token, queries[2], other=0.0)
         distances = _distances(tokens, queries, dtype, FORM)

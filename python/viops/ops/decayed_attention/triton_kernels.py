@@ -20,12 +20,16 @@ from . import triton_lines as lines
 from .reference import accumulation_dtype
 from .triton_tiles import COLUMNS, ROWS, WHOLE
 
-#: Tokens of a line, at most, that are one tile.
+#: Tokens of a line, at most, that are one tile, and bytes of a token's channels.
 _MAX_SHORT = 64
+_MAX_SHORT_BYTES = 256
 #: Tokens of a block and its bytes, at most, by the size of an element: the products of wide ones do
 #: not run on tensor cores, and hold whole rows in registers.
 _BLOCK_TOKENS = {2: 64, 4: 32, 8: 32}
 _BLOCK_BYTES = {2: 16384, 4: 4096, 8: 8192}
+#: Half types' where a block of threads has less shared memory than an A100's or an H100's.
+_SMALL_BLOCK_BYTES = 8192
+_LARGE_SHARED_BYTES = 160 << 10
 #: Tokens of a tile of short lines.
 _LINES_TOKENS = 64
 #: Bytes of a token's channels for each warp of a block.
@@ -61,7 +65,7 @@ def decayed_attention_forward(
     sizes = q.shape[1:4]
     options.update(_warps(q, v, _FORWARD_WARP_BYTES))
     with on_device_of(q):
-        if axial and max(sizes[1:]) <= _MAX_SHORT:
+        if axial and _is_short(q, v):
             for grid, passes in _launches(q):
                 lines.decayed_attention_lines_forward_kernel[grid](
                     q,
@@ -85,7 +89,7 @@ def decayed_attention_forward(
         values = v
         for number, form in enumerate((ROWS, COLUMNS) if axial else (WHOLE,)):
             result = inner if form is ROWS else out
-            launch, block = _blocks(q, form)
+            launch, block = _blocks(q, v, form)
             blocks.decayed_attention_blocks_forward_kernel[launch](
                 q,
                 k,
@@ -132,7 +136,7 @@ def decayed_attention_backward(
     rotation[-1].update(_warps(q, v, _BACKWARD_WARP_BYTES))
     saved = _laid_out(out), logsumexp.contiguous(), _laid_out(inner)
     grads = grad_q, grad_k, grad_v
-    run = _backward_lines if axial and max(q.shape[2:4]) <= _MAX_SHORT else _backward_blocks
+    run = _backward_lines if axial and _is_short(q, v) else _backward_blocks
     with on_device_of(q):
         sums = run(grad_out, inputs, rotation, saved, axial, scale, grads, grad_log_decay)
     if grad_log_decay is not None and sums is not None:
@@ -211,7 +215,7 @@ def _backward_blocks(
     others: tuple[Tensor | None, ...] = (None, None)
     sums = []
     for number, form in reversed(list(enumerate((ROWS, COLUMNS) if axial else (WHOLE,)))):
-        grid, block = _blocks(q, form)
+        grid, block = _blocks(q, v, form)
         last = number == 0
         values = v if last else inner
         result = inner if form is ROWS else out
@@ -344,17 +348,29 @@ def _decay_strides(log_decay: Tensor) -> tuple[int, int]:
     return (0 if log_decay.shape[0] == 1 else batch_stride), head_stride
 
 
-def _blocks(q: Tensor, form: Any) -> tuple[tuple[int], dict[str, Any]]:
-    """How a launch cuts lines into blocks: by D and dtype alone."""
-    batch, num_heads, height, width, head_dim = q.shape
+def _is_short(q: Tensor, v: Tensor) -> bool:
+    """Whether lines are one tile each, and registers and shared memory hold that."""
+    return max(q.shape[2:4]) <= _MAX_SHORT and _row_bytes(q, v) <= _MAX_SHORT_BYTES
+
+
+def _row_bytes(q: Tensor, v: Tensor) -> int:
+    """Bytes of a token's channels, padded, of q or of v."""
+    return triton.next_power_of_2(max(q.shape[4], v.shape[4])) * q.element_size()
+
+
+def _blocks(q: Tensor, v: Tensor, form: Any) -> tuple[tuple[int], dict[str, Any]]:
+    """How a launch cuts lines into blocks: by D, Dv, dtype and the GPU's shared memory alone."""
+    batch, num_heads, height, width, _ = q.shape
     length, count = {
         WHOLE: (height * width, 1),
         ROWS: (width, height),
         COLUMNS: (height, width),
     }[form]
     size = q.element_size()
-    row = triton.next_power_of_2(head_dim) * size
-    block = max(16, min(_BLOCK_TOKENS[size], _BLOCK_BYTES[size] // row))
+    most = _BLOCK_BYTES[size]
+    if size == 2 and _shared_bytes(q.device) < _LARGE_SHARED_BYTES:
+        most = _SMALL_BLOCK_BYTES
+    block = max(16, min(_BLOCK_TOKENS[size], most // _row_bytes(q, v)))
     if INTERPRETED:
         block = max(16, min(_INTERPRETED_TOKENS, triton.next_power_of_2(length)))
     grid = (batch * num_heads * count * triton.cdiv(length, block),)
@@ -374,8 +390,7 @@ def _short(q: Tensor) -> dict[str, int]:
 
 def _warps(q: Tensor, v: Tensor, bytes_a_warp: int) -> dict[str, int]:
     """As many as keep tiles of this many channels in registers."""
-    row = triton.next_power_of_2(max(q.shape[4], v.shape[4])) * q.element_size()
-    return {"num_warps": min(max(row // bytes_a_warp, 4), 8)}
+    return {"num_warps": min(max(_row_bytes(q, v) // bytes_a_warp, 4), 8)}
 
 
 def _launches(q: Tensor) -> list[tuple[tuple[int, int], dict[str, bool]]]:
@@ -393,7 +408,15 @@ def _launches(q: Tensor) -> list[tuple[tuple[int, int], dict[str, bool]]]:
 
 @functools.cache
 def _num_multiprocessors(device: torch.device) -> int:
-    """None where kernels are interpreted or compiled alone: one launch then."""
+    """Zero where kernels are interpreted or compiled alone: one launch then."""
     if device.type != "cuda":
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    """What a block of threads may have; as on an H100 where kernels are interpreted or compiled."""
+    if device.type != "cuda":
+        return _LARGE_SHARED_BYTES
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

@@ -221,7 +221,7 @@ def decayed_attention_lines_forward_kernel(
                 inner_ptr,
                 rotation,
                 out_ptr,
-                logsumexp_ptr + num_heads * height * width,
+                logsumexp_ptr + num_heads.to(tl.int64) * height * width,
                 q_strides,
                 k_strides,
                 strides,
@@ -283,7 +283,7 @@ def _backward(
     v = _by_line(load_tile(v_ptr, v_strides, tokens, VALUE_DIM, BLOCK_V), LINES)
     grad_out = load_tile(grad_out_ptr, grad_out_strides, tokens, VALUE_DIM, BLOCK_V)
     places = logsumexp_ptr + tokens[0] * rotation[2] + tokens[1]
-    logsumexp = in_units(tl.load(places, tokens[2], other=0.0), HALF)
+    logsumexp = in_units(tl.load(places, tokens[2], other=float("inf")), HALF)
     logsumexp = tl.reshape(logsumexp, [LINES, q.shape[1]])
     grad_out = _by_line(grad_out, LINES)
 
@@ -381,7 +381,7 @@ def decayed_attention_lines_backward_kernel(
                 k_ptr,
                 inner_ptr,
                 rotation,
-                logsumexp_ptr + num_heads * height * width,
+                logsumexp_ptr + num_heads.to(tl.int64) * height * width,
                 None,
                 across_q_ptr,
                 across_k_ptr,

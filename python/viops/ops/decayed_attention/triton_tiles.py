@@ -19,7 +19,7 @@ from ...triton_runtime import INTERPRETED as _INTERPRETED
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG_2 = tl.constexpr(0.6931471805599453)
-#: Below any logit, and finite: minus infinity less itself would not be a number.
+#: Below any logit of float32, and finite: minus infinity less itself would not be a number.
 LOWEST = tl.constexpr(-3.0e38)
 INTERPRETED = tl.constexpr(_INTERPRETED)
 
@@ -42,7 +42,7 @@ def rounded(tile, DTYPE: tl.constexpr):
 @triton.jit
 def own_strides(num_heads, height, width, CHANNELS: tl.constexpr):
     """Those of [B, H, h, w, C] laid out as [B, h, w, H, C], as all that these kernels make is."""
-    token = num_heads * CHANNELS
+    token = num_heads.to(tl.int64) * CHANNELS
     return (height * width * token, CHANNELS, width * token, token, 1)
 
 
@@ -56,7 +56,7 @@ def at_head(ptr, strides, image, head):
 def _offsets(strides, tokens, BLOCK_C: tl.constexpr):
     """[T, BLOCK_C]: where the channels of these tokens lie."""
     places = tokens[0].to(tl.int64) * strides[2] + tokens[1].to(tl.int64) * strides[3]
-    return places[:, None] + (tl.arange(0, BLOCK_C) * strides[4])[None, :]
+    return places[:, None] + (tl.arange(0, BLOCK_C).to(tl.int64) * strides[4])[None, :]
 
 
 @triton.jit
