@@ -12,7 +12,7 @@ from torch import Tensor
 
 import viops
 
-from .. import catalog, dispatch, native
+from .. import catalog, dispatch, native, triton_runtime
 from ..cases import Case, Inputs, cases_of
 from ..checks import FLOAT_DTYPES
 from .backends import absence, device_of, environment, forced_backend
@@ -21,6 +21,8 @@ from .info import cuda_part
 
 #: What "small input" means: elements in the arguments of one call.
 _MAX_ELEMENTS = 20_000
+#: The same in Triton's interpreter, which takes seconds for what is larger.
+_MAX_INTERPRETED = 1_000
 #: Values beyond it, or not finite, are the test suite's: half types cannot hold the results.
 _MAX_MAGNITUDE = 100.0
 #: Largest norm of the error over norm of the result.
@@ -163,13 +165,15 @@ def _examine(op: str, backend: str, cases: tuple[Case, ...]) -> tuple[str, list[
         return f"not there: {reason}", []
     device = device_of(backend)
     assert device is not None  # absence would have said so
+    interpreted = backend == "triton" and triton_runtime.INTERPRETED
+    most = _MAX_INTERPRETED if interpreted else _MAX_ELEMENTS
     count, worst = 0, 0.0
     for dtype in FLOAT_DTYPES:
         if absence(op, backend, dtype) is not None:
             continue
         for case in cases:
             inputs = case.inputs(dtype, device)
-            if case.op != op or not _is_ordinary(inputs):
+            if case.op != op or not _is_ordinary(inputs, most):
                 continue
             call = f"{op}, case {case.name!r}, {dtype}, on {backend}"
             try:
@@ -197,10 +201,10 @@ def _mend_wrong(backend: str) -> str:
     return f"{level}VIOPS_BACKEND=reference avoids them; {_REINSTALL}; if it persists, {report}"
 
 
-def _is_ordinary(inputs: Inputs) -> bool:
-    """Whether the arguments are small, and neither huge nor infinite nor NaN."""
+def _is_ordinary(inputs: Inputs, most: int) -> bool:
+    """Whether the arguments have at most so many elements, none huge, infinite or NaN."""
     tensors = [arg for arg in inputs.args if isinstance(arg, Tensor)]
-    if sum(tensor.numel() for tensor in tensors) > _MAX_ELEMENTS:
+    if sum(tensor.numel() for tensor in tensors) > most:
         return False
     floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     return all(bool(tensor.abs().amax() <= _MAX_MAGNITUDE) for tensor in floats)
