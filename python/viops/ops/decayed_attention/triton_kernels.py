@@ -367,14 +367,14 @@ def _blocks(q: Tensor, v: Tensor, form: Any) -> tuple[tuple[int], dict[str, Any]
         COLUMNS: (height, width),
     }[form]
     size = q.element_size()
-    most = _BLOCK_BYTES[size]
-    if size == 2 and _shared_bytes(q.device) < _LARGE_SHARED_BYTES:
-        most = _SMALL_BLOCK_BYTES
+    is_small = _shared_bytes(q.device) < _LARGE_SHARED_BYTES
+    most = _SMALL_BLOCK_BYTES if size == 2 and is_small else _BLOCK_BYTES[size]
     block = max(16, min(_BLOCK_TOKENS[size], most // _row_bytes(q, v)))
     if INTERPRETED:
         block = max(16, min(_INTERPRETED_TOKENS, triton.next_power_of_2(length)))
     grid = (batch * num_heads * count * triton.cdiv(length, block),)
-    return grid, {"BLOCK": block, "FORM": form, "num_stages": 2}
+    num_stages = 1 if size == 8 and is_small else 2
+    return grid, {"BLOCK": block, "FORM": form, "num_stages": num_stages}
 
 
 def _short(q: Tensor) -> dict[str, int]:
@@ -419,4 +419,5 @@ def _shared_bytes(device: torch.device) -> int:
     """What a block of threads may have; as on an H100 where kernels are interpreted or compiled."""
     if device.type != "cuda":
         return _LARGE_SHARED_BYTES
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return properties["max_shared_mem"]
