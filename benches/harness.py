@@ -11,6 +11,7 @@ what the other contenders took, the ratios and the bars are in `extra_info` of e
 from __future__ import annotations
 
 import operator
+import os
 import random
 import statistics
 import time
@@ -48,11 +49,14 @@ _SAME_RESULT = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, t
 #: small enough to take milliseconds.
 _MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
 
-#: Bytes that the copy reads and writes, far more than caches hold; on the CPU as many as the op.
+#: Bytes that the copy reads and writes, far more than caches hold; on the CPU as many as the op,
+#: and from and to as many places.
 _COPY_BYTES = {"cuda": 2 << 30}
 
-#: On a GPU the inputs of calls in turn take so many times its L2 cache.
+#: Cold inputs take so many times the last cache; of a processor's, which may be another's too, at
+#: most so many bytes are thought of.
 _CACHES = 4
+_MAX_CPU_CACHE = 32 << 20
 _MAX_INPUT_SETS = 32
 
 #: How often a sample replays a CUDA graph: what lies between two graphs is a part of its time.
@@ -127,16 +131,19 @@ class Harness:
         self.on_gpu = self.device.type == "cuda"
         self._sample = sample_on_cuda if self.on_gpu else sample_on_cpu
 
-    def input_sets(self, make: Callable[[int], tuple], touched: int | None = None) -> list[tuple]:
+    def input_sets(
+        self, make: Callable[[int], tuple], touched: int | None = None, cold: bool = False
+    ) -> list[tuple]:
         """Inputs made from seeds, for calls in turn: on a GPU more than its cache holds.
 
         Args:
             make: a set of inputs from a seed.
             touched: bytes of one set that a call reads, where that is not all of them.
+            cold: so on the CPU too, for what a network has many of and meets once a step.
         """
         sets = [make(0)]
-        if self.on_gpu:
-            cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+        if self.on_gpu or cold:
+            cache = _last_cache_bytes(self.device)
             touched = _num_bytes(sets[0]) if touched is None else touched
             wanted = -(-_CACHES * cache // max(touched, 1))
             sets += [make(seed) for seed in range(1, min(max(wanted, 2), _MAX_INPUT_SETS))]
@@ -193,7 +200,7 @@ class Harness:
                         if graph
                         else Timed(in_turn(call, inputs), calls)
                     )
-            timed |= self._floor_contenders(floor, calls)
+            timed |= self._floor_contenders(floor, calls, len(inputs))
             self._benchmark.has_error = True  # an interrupted bench has no place in the JSON
             samples = self._run_rounds(timed)
         measured: dict[str, dict[str, Any]] = {name: _summary(samples[name]) for name in contenders}
@@ -294,22 +301,31 @@ class Harness:
             errors[name] = _one_line(error)
             del contenders[name]
 
-    def _floor_contenders(self, floor: Floor | None, calls: int) -> dict[str, Timed]:
-        """The copy and the matrix product that measure the machine."""
+    def _floor_contenders(
+        self, floor: Floor | None, calls: int, input_sets: int
+    ) -> dict[str, Timed]:
+        """The copy and the matrix product that measure the machine.
+
+        Where calls take sets of inputs in turn, the copies on the CPU take as many tensors.
+        """
         times = 1 if self.on_gpu else calls  # on a GPU one takes as long as many calls of an op
         timed = {}
         if floor is not None and floor.bytes:
             moved = _COPY_BYTES.get(self.device.type, floor.bytes)
-            source = torch.rand(-(-moved // 8), device=self.device)  # half read, half written
-            target = torch.ones_like(source)
-            timed["copy"] = Timed(lambda: target.copy_(source), times)
+            elements = -(-moved // 8)  # half read, half written
+            pairs = [
+                (torch.ones(elements, device=self.device), torch.rand(elements, device=self.device))
+                for _ in range(1 if self.on_gpu else input_sets)
+            ]
+            timed["copy"] = Timed(in_turn(Tensor.copy_, pairs), times)
         if floor is not None and floor.flops:
             side = _MATRIX_SIDE.get(self.device.type, 1024)
             matrix = torch.rand(side, side, device=self.device).to(floor.dtype)
             product = torch.empty_like(matrix)
             timed["matrix product"] = Timed(lambda: torch.mm(matrix, matrix, out=product), times)
-        for name in timed:
-            timed[name].run()
+        for run, _, _ in timed.values():
+            for _ in range(input_sets):
+                run()
         return timed
 
     def _run_rounds(self, timed: Mapping[str, Timed]) -> dict[str, list[Sample]]:
@@ -412,6 +428,14 @@ def _summary(samples: Sequence[Sample]) -> dict[str, Any]:
         "median": statistics.median(seconds),
         "page_faults": int(statistics.median(sample.page_faults for sample in samples)),
     }
+
+
+def _last_cache_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    names = [f"SC_LEVEL{level}_CACHE_SIZE" for level in (3, 2) if hasattr(os, "sysconf_names")]
+    sizes = [os.sysconf(name) for name in names if name in os.sysconf_names]
+    return min(max([*sizes, 0]) or _MAX_CPU_CACHE, _MAX_CPU_CACHE)
 
 
 def _floor_summary(

@@ -194,6 +194,22 @@ def test_calls_take_the_sets_of_inputs_in_turn():
     assert make_harness().input_sets(lambda seed: (seed,)) == [(0,)]
 
 
+def test_cold_inputs_are_more_than_a_cache_holds_and_the_copies_as_many(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    harness = make_harness()
+    sets = harness.input_sets(lambda seed: (torch.full((1 << 20,), float(seed)),), cold=True)
+    cache = harness_module._last_cache_bytes(torch.device("cpu"))
+    assert sum(x.nbytes for (x,) in sets) >= 4 * cache or len(sets) == 32
+    assert [x[0].item() for (x,) in sets] == list(range(len(sets)))
+    copied = []
+    monkeypatch.setattr(harness_module, "in_turn", lambda call, pairs: lambda: copied.append(pairs))
+    timed = harness._floor_contenders(harness_module.Floor(bytes=64), 1, len(sets))
+    timed["copy"].run()
+    places = [tensor.data_ptr() for pair in copied[0] for tensor in pair]
+    assert len(set(places)) == len(places) == 2 * len(sets)
+
+
 def test_float32_beside_bfloat16_is_compared_as_bfloat16():
     def contenders(*dtypes):
         exact = [torch.ones(3, dtype=dtype) for dtype in dtypes]
@@ -354,7 +370,7 @@ def test_an_interrupted_run_keeps_what_it_has(folder: Path, interrupt):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--op", "no_such_op"), "--op: 'no_such_op' has no bench; there are: decayed_"),
+        (("--op", "no_such_op"), "--op: 'no_such_op' has no bench; there are: batch_"),
         (("--base", "main", "--check"), "--check: is of no use with --base"),
         (("--threads", "0"), "--threads: expected at least 1, got 0"),
         (("--plot", "ratios.xyz"), "--plot ratios.xyz: expected a name that ends with one of"),

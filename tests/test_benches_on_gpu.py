@@ -31,7 +31,7 @@ def fake_gpu_harness(monkeypatch, seconds: dict[str, float]):
     def copy():
         running.append("copy")
 
-    def floor_contenders(floor, calls):
+    def floor_contenders(floor, calls, input_sets):
         return {"copy": harness_module.Timed(copy, 1)} if floor else {}
 
     def sample(run, times):

@@ -77,9 +77,18 @@ def transposed(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     return [grad.mT.contiguous().mT for grad in contract.random_like(outputs)]
 
 
+def of_sums_along_the_last_axis(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Gradients as out.sum(-1) hands them over."""
+    return [grad[..., :1].expand(grad.shape) for grad in contract.random_like(outputs)]
+
+
 def of_a_sum(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     """Gradients as out.sum() hands them over: one value, expanded."""
     return [out.new_ones(()).expand(out.shape) for out in outputs if out.is_floating_point()]
+
+
+def of_a_sum_dense(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    return [grad.contiguous() for grad in of_a_sum(outputs)]
 
 
 def of_a_mean_over_the_batch(outputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -95,7 +104,8 @@ def amid_others(outputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "grad_outputs", [transposed, of_a_sum, of_a_mean_over_the_batch, amid_others]
+    "grad_outputs",
+    [transposed, of_sums_along_the_last_axis, of_a_mean_over_the_batch, amid_others],
 )
 @PRIME
 def test_output_gradients_of_any_strides(case: Case, backend: Backend, grad_outputs) -> None:
@@ -103,6 +113,21 @@ def test_output_gradients_of_any_strides(case: Case, backend: Backend, grad_outp
     with backend.enter(), contract.poisoned_memory():
         result = contract.run(contract.public(case), args, kwargs, grad_outputs=grad_outputs)
     check(case, backend, torch.float32, result, grad_outputs=grad_outputs)
+
+
+@PRIME
+def test_gradients_of_a_sum(case: Case, backend: Backend) -> None:
+    """No truth to compare with: what normalises has no gradient to its sum but rounding errors."""
+    if backend.backend == "reference":
+        pytest.skip("PyTorch's own operations, which may sum in another order")
+    args, kwargs = case.inputs(torch.float32, backend.device)
+    with backend.enter():
+        results = [
+            contract.run(contract.public(case), args, kwargs, grad_outputs=grad_outputs)
+            for grad_outputs in (of_a_sum, of_a_sum_dense)
+        ]
+    for i, grad in results[1].grads.items():
+        torch.testing.assert_close(results[0].grads[i], grad, rtol=0, atol=0)
 
 
 @PRIME

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -63,10 +64,10 @@ CpuLevel cpu_level() { return current().load(std::memory_order_relaxed); }
 
 int64_t last_cache_bytes() {
   static const int64_t size = [] {
-    constexpr int64_t usual = 16 << 20;
+    constexpr int64_t usual = 16 << 20, most = 32 << 20;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     const int64_t told = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (told > 0) return told;
+    if (told > 0) return std::min(told, most);
 #endif
     return usual;
   }();

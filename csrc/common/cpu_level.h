@@ -41,7 +41,8 @@ CpuLevel cpu_level();
 // Throws std::invalid_argument for a name that is no level or one that the machine lacks.
 void set_cpu_level(const char* name);
 
-// The size of the last cache that the operating system tells of; a usual one where it does not.
+// The size of the last cache that the operating system tells of, a usual one where it does not; at most
+// 32 MB: it may tell of all last caches of a socket, of which a core uses one.
 int64_t last_cache_bytes();
 
 }  // namespace viops

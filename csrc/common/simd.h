@@ -212,32 +212,41 @@ VIOPS_INLINE double sum_lanes(Vector<double> lanes) {
   return sum;
 }
 
-// --- copies
+// --- stores past the caches: the caller fences (stream_fence) before another thread may read
 
-// Copies `bytes`, a multiple of 64, to a 64-byte-aligned place without reading its cache lines first.
-// The caller fences (stream_fence) before another thread may read.
-VIOPS_INLINE void stream_copy(void* to, const void* from, int64_t bytes) {
+// Stores kBytes past the caches, at a place aligned to them.
+template <int kBytes>
+VIOPS_INLINE void stream_bytes(void* to, const void* from) {
 #if defined(__AVX512F__)
-  for (int64_t i = 0; i < bytes; i += 64) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(to) + i),
-                        _mm512_loadu_si512(static_cast<const char*>(from) + i));
-  }
-#elif defined(__AVX2__)
-  for (int64_t i = 0; i < bytes; i += 64) {
-    auto* out = reinterpret_cast<__m256i*>(static_cast<char*>(to) + i);
-    const auto* in = reinterpret_cast<const __m256i*>(static_cast<const char*>(from) + i);
-    const __m256i low = _mm256_loadu_si256(in), high = _mm256_loadu_si256(in + 1);
-    _mm256_stream_si256(out, low);
-    _mm256_stream_si256(out + 1, high);
-  }
-#elif defined(__x86_64__)
-  for (int64_t i = 0; i < bytes; i += 16) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + i),
-                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + i)));
-  }
-#else
-  std::memcpy(to, from, static_cast<size_t>(bytes));
+  if constexpr (kBytes == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
 #endif
+#if defined(__AVX2__)
+  if constexpr (kBytes == 32) {
+    return _mm256_stream_si256(static_cast<__m256i*>(to),
+                               _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+  }
+#endif
+#if defined(__x86_64__)
+  if constexpr (kBytes == 16) {
+    return _mm_stream_si128(static_cast<__m128i*>(to), _mm_loadu_si128(static_cast<const __m128i*>(from)));
+  }
+#endif
+  std::memcpy(to, from, kBytes);
+}
+
+// To a place aligned to the bytes that it takes.
+template <class A, class T>
+VIOPS_INLINE void stream(T* to, Vector<A> lanes) {
+  T narrow[kLanes<A>];
+  store<A>(narrow, lanes);
+  stream_bytes<sizeof(narrow)>(to, narrow);
+}
+
+// Copies `bytes`, a multiple of 64, to a 64-byte-aligned place.
+VIOPS_INLINE void stream_copy(void* to, const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kVectorBytes) {
+    stream_bytes<kVectorBytes>(static_cast<char*>(to) + i, static_cast<const char*>(from) + i);
+  }
 }
 
 VIOPS_INLINE void stream_fence() {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import nn, patch
 from .dispatch import BackendError, Explanation, explain, use_backend
+from .ops.batch_channel_norm import batch_channel_norm
 from .ops.decayed_attention import decayed_attention
 from .ops.token_reorganization import (
     class_attention,
@@ -20,6 +21,7 @@ from .ops.token_reorganization import (
     restore_tokens,
     softmax_attention,
 )
+from .ops.weight_standardization import standardize_weight, standardize_weights
 
 if _TYPE_CHECKING:
     from . import models
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "Explanation",
+    "batch_channel_norm",
     "class_attention",
     "class_attention_scores",
     "decayed_attention",
@@ -39,6 +42,8 @@ __all__ = [
     "reorganize_tokens",
     "restore_tokens",
     "softmax_attention",
+    "standardize_weight",
+    "standardize_weights",
     "use_backend",
 ]
 

@@ -65,6 +65,26 @@ FAMILIES = (
             },
         },
     ),
+    Family(
+        name="weight_standardization",
+        paper="Weight Standardization: Qiao et al., arXiv:1903.10520, section 3",
+        ops={
+            "standardize_weight": {
+                "cuda": "it is written in Triton",
+                "torch": _NO_SUCH_OP,
+            },
+        },
+    ),
+    Family(
+        name="batch_channel_norm",
+        paper="Batch-Channel Normalization: Qiao et al., arXiv:1903.10520, section 4",
+        ops={
+            "batch_channel_norm": {
+                "triton": "it is written in CUDA",
+                "torch": _NO_SUCH_OP,
+            },
+        },
+    ),
 )
 
 

@@ -21,6 +21,11 @@ def check_float_tensor(name: str, value: object, axes: str) -> None:
         raise ValueError(f"{name}: expected [{axes}], got shape {list(value.shape)}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected {_FLOATS}, got {value.dtype}")
+    check_layout(name, value)
+
+
+def check_layout(name: str, value: Tensor) -> None:
+    """Strided, and not nested."""
     if value.layout is not torch.strided or value.is_nested:
         _refuse_layout(name, value)
 
@@ -47,6 +52,21 @@ def check_scale(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number or None, got {type(value).__name__}")
     return float(value)
+
+
+def check_eps(name: str, value: object) -> float:
+    """A finite number that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    value = float(value)
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    return value
+
+
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def check_int(name: str, value: Any, low: int, high: int | None, meaning: str) -> int:

@@ -348,6 +348,7 @@ class Op:
         backward_fake: Callable,
         setup: Callable,
         backward: Callable,
+        vmap: str = "fold",
     ) -> None:
         """Registers the op and its backward.
 
@@ -357,6 +358,8 @@ class Op:
             fake, backward_fake: the same without data.
             setup, backward: what torch.autograd.Function calls setup_context and backward;
                 `backward` calls `run_backward`.
+            vmap: "fold" where all tensors lead with the batch, so that a mapped axis can join it;
+                "loop" calls the op for each entry of a mapped axis.
         """
         self.name = name
 
@@ -372,7 +375,7 @@ class Op:
             library.define(op + full_schema)
             library.impl(op, kernel, "CompositeExplicitAutograd")
             torch.library.register_fake(f"viops::{op}", op_fake, lib=library)
-            _register_vmap_by_folding(op)
+            _VMAP_RULES[vmap](op)
         torch.library.register_autograd(
             f"viops::{name}", backward, setup_context=setup, lib=library
         )
@@ -477,3 +480,35 @@ def _register_vmap_by_folding(op: str) -> None:
         return tuple(unfold(out) for out in outputs), (0,) * len(outputs)
 
     torch.library.register_vmap(f"viops::{op}", rule, lib=library)
+
+
+def _register_vmap_by_looping(op: str) -> None:
+    """A vmap rule for any op: a call for each entry of the mapped axis."""
+    call = getattr(torch.ops.viops, op)
+
+    def rule(info: Any, in_dims: tuple, *args: object) -> tuple:
+        def entry(i: int, arg: object, dim: int | None) -> object:
+            return arg if dim is None or not isinstance(arg, Tensor) else arg.select(dim, i)
+
+        def none(arg: object, dim: int | None) -> object:
+            if dim is None or not isinstance(arg, Tensor):
+                return arg
+            return arg.new_zeros(arg.shape[:dim] + arg.shape[dim + 1 :])
+
+        calls = [
+            call(*(entry(i, arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if not calls:  # one tells the shapes
+            outputs = call(*map(none, args, in_dims))
+            if isinstance(outputs, Tensor):
+                return outputs.new_empty(0, *outputs.shape), 0
+            return tuple(out.new_empty(0, *out.shape) for out in outputs), (0,) * len(outputs)
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
+
+    torch.library.register_vmap(f"viops::{op}", rule, lib=library)
+
+
+_VMAP_RULES = {"fold": _register_vmap_by_folding, "loop": _register_vmap_by_looping}

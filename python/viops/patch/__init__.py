@@ -1,8 +1,40 @@
 """Puts ops into models that exist, and takes them out again."""
 
-from .evit import evit, kept_masks
-from .manhattan import manhattan, undo
-from .schedule import KeepRateSchedule
-from .vision_transformer import KeptTokens
+from typing import TypeVar as _TypeVar
 
-__all__ = ["KeepRateSchedule", "KeptTokens", "evit", "kept_masks", "manhattan", "undo"]
+from torch import nn as _nn
+
+from .evit import evit, kept_masks
+from .manhattan import manhattan
+from .manhattan import undo as _undo_vision_transformer
+from .micro_batch import is_patched as _is_micro_batch
+from .micro_batch import micro_batch
+from .micro_batch import undo as _undo_micro_batch
+from .schedule import KeepRateSchedule
+from .vision_transformer import KeptTokens, Patched
+
+_Model = _TypeVar("_Model", bound=_nn.Module)
+
+
+def undo(model: _Model) -> _Model:
+    """Takes out of the model what viops.patch put in, in place; returns the same model.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    if _is_micro_batch(model):
+        _undo_micro_batch(model)
+        if not any(isinstance(module, Patched) for module in model.modules()):
+            return model
+    return _undo_vision_transformer(model)
+
+
+__all__ = [
+    "KeepRateSchedule",
+    "KeptTokens",
+    "evit",
+    "kept_masks",
+    "manhattan",
+    "micro_batch",
+    "undo",
+]
