@@ -3,8 +3,13 @@
 import importlib.util
 import os
 import pathlib
+import signal
 
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell's background jobs are started so, and what tests start and interrupt would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if torch.cuda.is_available():
     # torch's deterministic mode, in which memory is poisoned, refuses cuBLAS without it

@@ -192,8 +192,17 @@ class Result(NamedTuple):
 
 
 def as_tuple(outputs: object) -> tuple[Tensor, ...]:
-    """The outputs of a call; a single one is wrapped."""
-    return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+    """The outputs of a call, or the tensors that one is made of; a single one is wrapped."""
+    if isinstance(outputs, (tuple, list, viops.DfpTensor)):
+        return tuple(outputs)
+    return (outputs,)
+
+
+def has_derivative(op: str) -> bool:
+    """Whether a public function has one; parts of it may have none."""
+    return any(
+        hasattr(torch.ops.viops, f"{part}_backward") for part in dispatch.PARTS.get(op, (op,))
+    )
 
 
 def differentiable(args: tuple) -> list[int]:

@@ -12,6 +12,8 @@ from viops import catalog, dispatch
 from viops.catalog import FAMILIES, Family
 
 ROOT = Path(__file__).parent.parent
+#: Ops whose results are integers.
+NO_DERIVATIVE = ("quantize_dfp",)
 
 
 def missing_places(family: Family, root: Path = ROOT) -> list[str]:
@@ -119,7 +121,8 @@ def test_every_registered_op_is_in_the_catalog() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("viops::")
     }
-    assert registered == listed | {f"{op}_backward" for op in listed}
+    with_derivative = {op for op in listed if op not in NO_DERIVATIVE}
+    assert registered == listed | {f"{op}_backward" for op in with_derivative}
     assert set(dispatch._kernels) == listed
     assert all(hasattr(torch.ops.viops, op) for op in listed)
 

@@ -6,24 +6,46 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "train_micro_batch.py"
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_the_example_runs(tmp_path: Path) -> None:
-    words = ["--quick", "--plot", str(tmp_path / "curves.png")]
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE), *words], capture_output=True, text=True, timeout=300
+def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *words], capture_output=True, text=True, timeout=300
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "starts"),
+    [
+        ("train_micro_batch.py", [f"{norm:<8}" for norm in ("BN", "GN", "GN+WS", "BCN+WS")]),
+        ("train_int16.py", ["seed ", "mean ", "3.branch.0 ", "5.shortcut.0 "]),
+    ],
+)
+def test_an_example_runs(tmp_path: Path, name: str, starts: list[str]) -> None:
+    done = run(name, "--quick", "--plot", str(tmp_path / "curves.png"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    for name in ("BN", "GN", "GN+WS", "BCN+WS"):
-        assert f"\n{name:<8}" in done.stdout
+    for start in starts:
+        assert f"\n{start}" in done.stdout
 
 
-def test_the_example_refuses_what_has_no_step() -> None:
-    words = ["--quick", "--batch-size", "16"]
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE), *words], capture_output=True, text=True, timeout=300
-    )
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("train_micro_batch.py", ["--batch-size", "16"]),
+        ("train_int16.py", ["--batch-size", "80"]),
+    ],
+)
+def test_an_example_refuses_what_has_no_point(name: str, words: list[str]) -> None:
+    done = run(name, "--quick", *words)
     assert done.returncode == 2
     assert "--every" in done.stderr
+
+
+def test_an_example_refuses_what_is_no_share() -> None:
+    done = run("train_micro_batch.py", "--quick", "--share", "1.5")
+    assert done.returncode == 2
+    assert "--share" in done.stderr

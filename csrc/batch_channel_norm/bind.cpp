@@ -1,5 +1,4 @@
 // Batch channel norm for Python: the checks that guard memory, then the kernels.
-#include <memory>
 #include <string>
 
 #include "batch_channel_norm/batch_channel_norm.h"
@@ -13,15 +12,6 @@ const CpuKernels& kernels() {
   static const CpuKernels* const by_level[kCpuLevels] = VIOPS_KERNELS_BY_LEVEL;
   return *by_level[static_cast<int>(cpu_level())];
 }
-
-// An argument that may be None.
-struct OptionalArgument {
-  OptionalArgument(const char* name, py::handle object) {
-    if (!object.is_none()) view.reset(new TensorArgument(name, object));
-  }
-  const TensorArgument* get() const { return view.get(); }
-  std::unique_ptr<TensorArgument> view;
-};
 
 // What all other tensors have to fit: x [B, C, S], with G groups.
 struct Sizes {

@@ -71,15 +71,20 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&c)[4], const uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+#define VIOPS_MMA_M16N8K32(name, type_a, type_b)                                                          \
+  __device__ __forceinline__ void name(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." type_a "." type_b                               \
+                 ".s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                   \
+                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                     \
+  }
 // c [16, 8] += a [16, 32] b [32, 8], int32 sums of int8 products, modulo 2^32.
-__device__ __forceinline__ void mma_m16n8k32_s8(int32_t (&c)[4], const uint32_t (&a)[4],
-                                                const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+VIOPS_MMA_M16N8K32(mma_m16n8k32_s8, "s8", "s8")
+// The same where a, b or both are uint8.
+VIOPS_MMA_M16N8K32(mma_m16n8k32_u8_s8, "u8", "s8")
+VIOPS_MMA_M16N8K32(mma_m16n8k32_s8_u8, "s8", "u8")
+VIOPS_MMA_M16N8K32(mma_m16n8k32_u8, "u8", "u8")
+#undef VIOPS_MMA_M16N8K32
 
 #else
 
@@ -141,8 +146,8 @@ struct Held {
   explicit Held(int k) : member(k / kPacked % 4), half(k / (4 * kPacked)), place(k % kPacked) {}
 };
 
-template <int kPacked, class C, class Widen>
-void multiply_fragments(const Lanes& lanes, const Widen& widen) {
+template <int kPacked, class C, class WidenA, class WidenB>
+void multiply_fragments(const Lanes& lanes, const WidenA& widen_a, const WidenB& widen_b) {
   constexpr int kBits = 32 / kPacked;
   C sums[16][8];
   for (int row = 0; row < 16; ++row) {
@@ -152,7 +157,7 @@ void multiply_fragments(const Lanes& lanes, const Widen& widen) {
         const Held<kPacked> held(k);
         const uint32_t a = lanes.get<Product<C> >(row % 8 * 4 + held.member).a[held.half * 2 + row / 8];
         const uint32_t b = lanes.get<Product<C> >(column * 4 + held.member).b[held.half];
-        sum = static_cast<C>(sum + widen(a >> (held.place * kBits)) * widen(b >> (held.place * kBits)));
+        sum = static_cast<C>(sum + widen_a(a >> (held.place * kBits)) * widen_b(b >> (held.place * kBits)));
       }
       sums[row][column] = sum;
     }
@@ -165,18 +170,24 @@ void multiply_fragments(const Lanes& lanes, const Widen& widen) {
 }
 
 inline void multiply_f16(const Lanes& lanes) {
-  multiply_fragments<2, float>(
-      lanes, [](uint32_t bits) { return __half2float(__ushort_as_half(static_cast<uint16_t>(bits))); });
+  const auto widen = [](uint32_t bits) {
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
+  };
+  multiply_fragments<2, float>(lanes, widen, widen);
 }
 inline void multiply_bf16(const Lanes& lanes) {
-  multiply_fragments<2, float>(lanes, [](uint32_t bits) {
+  const auto widen = [](uint32_t bits) {
     return __bfloat162float(__ushort_as_bfloat16(static_cast<uint16_t>(bits)));
-  });
+  };
+  multiply_fragments<2, float>(lanes, widen, widen);
 }
-inline void multiply_s8(const Lanes& lanes) {
+// Of bytes of these types.
+template <class A, class B>
+void multiply_bytes(const Lanes& lanes) {
   // unsigned, so that sums wrap
   multiply_fragments<4, uint32_t>(
-      lanes, [](uint32_t bits) { return static_cast<uint32_t>(static_cast<int8_t>(bits)); });
+      lanes, [](uint32_t bits) { return static_cast<uint32_t>(static_cast<A>(bits)); },
+      [](uint32_t bits) { return static_cast<uint32_t>(static_cast<B>(bits)); });
 }
 
 template <class C>
@@ -204,10 +215,17 @@ inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint3
                               on_host::Location where = on_host::Location::current()) {
   on_host::product(on_host::multiply_bf16, "mma.bf16", c, a, b, where);
 }
-inline void mma_m16n8k32_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                            on_host::Location where = on_host::Location::current()) {
-  on_host::product(on_host::multiply_s8, "mma.s8", reinterpret_cast<uint32_t*>(c), a, b, where);
-}
+#define VIOPS_MMA_M16N8K32(name, label, type_a, type_b)                                                    \
+  inline void name(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],                        \
+                   on_host::Location where = on_host::Location::current()) {                               \
+    on_host::product(on_host::multiply_bytes<type_a, type_b>, label, reinterpret_cast<uint32_t*>(c), a, b, \
+                     where);                                                                               \
+  }
+VIOPS_MMA_M16N8K32(mma_m16n8k32_s8, "mma.s8", int8_t, int8_t)
+VIOPS_MMA_M16N8K32(mma_m16n8k32_u8_s8, "mma.u8.s8", uint8_t, int8_t)
+VIOPS_MMA_M16N8K32(mma_m16n8k32_s8_u8, "mma.s8.u8", int8_t, uint8_t)
+VIOPS_MMA_M16N8K32(mma_m16n8k32_u8, "mma.u8", uint8_t, uint8_t)
+#undef VIOPS_MMA_M16N8K32
 
 #endif
 

@@ -47,6 +47,7 @@ DType dtype_of(DLDataType type) {
   if (is(kDLFloat, 64)) return DType::float64;
   if (is(kDLFloat, 16)) return DType::float16;
   if (is(kDLBfloat, 16)) return DType::bfloat16;
+  if (is(kDLInt, 16)) return DType::int16;
   if (is(kDLInt, 64)) return DType::int64;
   return DType::other;
 }

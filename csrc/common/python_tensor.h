@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <optional>
+
 #include "common/tensor_view.h"
 
 namespace viops {
@@ -20,6 +22,17 @@ struct TensorArgument : TensorView {
  private:
   const void* exchange_api_ = nullptr;
   py::object owner_;
+};
+
+// An argument that may be None.
+struct OptionalArgument {
+  OptionalArgument(const char* name, py::handle object) {
+    if (!object.is_none()) view_.emplace(name, object);
+  }
+  const TensorArgument* get() const { return view_ ? &*view_ : nullptr; }
+
+ private:
+  std::optional<TensorArgument> view_;
 };
 
 }  // namespace viops

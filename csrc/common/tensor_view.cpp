@@ -22,6 +22,7 @@ const char* name_of(DType dtype) {
     case DType::float64: return "float64";
     case DType::bfloat16: return "bfloat16";
     case DType::float16: return "float16";
+    case DType::int16: return "int16";
     case DType::int64: return "int64";
     default: return "another dtype";
   }
@@ -42,7 +43,7 @@ void TensorView::check_shape(std::initializer_list<int64_t> expected, const char
 }
 
 void TensorView::check_floating() const {
-  if (dtype == DType::int64 || dtype == DType::other) {
+  if (dtype == DType::int16 || dtype == DType::int64 || dtype == DType::other) {
     throw TypeMismatch(named(*this) + "expected float32, float64, bfloat16 or float16, got " +
                        name_of(dtype));
   }

@@ -7,7 +7,7 @@
 
 namespace viops {
 
-enum class DType : uint8_t { float32, float64, bfloat16, float16, int64, other };
+enum class DType : uint8_t { float32, float64, bfloat16, float16, int16, int64, other };
 
 enum class Device : uint8_t { cpu, cuda, other };
 

@@ -1,5 +1,4 @@
 // Decayed attention for Python: the checks that guard memory, then the kernels.
-#include <memory>
 #include <string>
 
 #include "common/python_tensor.h"
@@ -12,15 +11,6 @@ const CpuKernels& kernels() {
   static const CpuKernels* const by_level[kCpuLevels] = VIOPS_KERNELS_BY_LEVEL;
   return *by_level[static_cast<int>(cpu_level())];
 }
-
-// An argument that may be None.
-struct OptionalArgument {
-  OptionalArgument(const char* name, py::handle object) {
-    if (!object.is_none()) view.reset(new TensorArgument(name, object));
-  }
-  const TensorView* get() const { return view.get(); }
-  std::unique_ptr<TensorArgument> view;
-};
 
 DType accumulation_dtype(const TensorView& q) {
   return q.dtype == DType::float64 ? DType::float64 : DType::float32;

@@ -1,6 +1,5 @@
 // Weight standardization for Python: the checks that guard memory, then the kernels.
 #include <initializer_list>
-#include <memory>
 
 #include "common/python_tensor.h"
 #include "weight_standardization/weight_standardization.h"
@@ -12,15 +11,6 @@ const CpuKernels& kernels() {
   static const CpuKernels* const by_level[kCpuLevels] = VIOPS_KERNELS_BY_LEVEL;
   return *by_level[static_cast<int>(cpu_level())];
 }
-
-// An argument that may be None.
-struct OptionalArgument {
-  OptionalArgument(const char* name, py::handle object) {
-    if (!object.is_none()) view.reset(new TensorArgument(name, object));
-  }
-  const TensorView* get() const { return view.get(); }
-  std::unique_ptr<TensorArgument> view;
-};
 
 // [O, K] of a floating dtype.
 void check_weight(const TensorView& weight) {

@@ -14,6 +14,7 @@ from . import nn, patch
 from .dispatch import BackendError, Explanation, explain, use_backend
 from .ops.batch_channel_norm import batch_channel_norm
 from .ops.decayed_attention import decayed_attention
+from .ops.integer_conv import DfpTensor, integer_conv2d, integer_linear, quantize_dfp
 from .ops.token_reorganization import (
     class_attention,
     class_attention_scores,
@@ -30,15 +31,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "DfpTensor",
     "Explanation",
     "batch_channel_norm",
     "class_attention",
     "class_attention_scores",
     "decayed_attention",
     "explain",
+    "integer_conv2d",
+    "integer_linear",
     "models",
     "nn",
     "patch",
+    "quantize_dfp",
     "reorganize_tokens",
     "restore_tokens",
     "softmax_attention",

@@ -74,6 +74,8 @@ class Case:
     make: Callable[[Draw], tuple]
     #: The keyword arguments; one that can be called gives its value, as `make` gives the others.
     options: Mapping[str, object] = field(default_factory=dict)
+    #: The dtype that results are rounded to on their way, where that is not the inputs' own.
+    precision: torch.dtype | None = field(default=None, kw_only=True)
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
         """The arguments, with floating-point tensors of this dtype."""

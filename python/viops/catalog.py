@@ -85,6 +85,20 @@ FAMILIES = (
             },
         },
     ),
+    Family(
+        name="integer_conv",
+        paper="INT16 training: Das et al., ICLR 2018, arXiv:1802.00930",
+        ops={
+            "quantize_dfp": {
+                "triton": "it is written in CUDA",
+                "torch": _NO_SUCH_OP,
+            },
+            "integer_conv2d": {
+                "triton": "it is written in CUDA",
+                "torch": _NO_SUCH_OP,
+            },
+        },
+    ),
 )
 
 

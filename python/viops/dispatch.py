@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from . import catalog, native, triton_runtime
 from .checks import FLOAT_DTYPES
@@ -35,6 +36,11 @@ class Kernels(NamedTuple):
     refuses: Callable[[str, torch.dtype], str | None]
     #: Forward that gives a tuple of the first result alone, where that costs less.
     infer: Callable | None = None
+
+
+def no_derivative(*args: object) -> None:
+    """The backward of an op that has none; it is never called."""
+    raise NotImplementedError("the op has no derivative")
 
 
 class BackendError(RuntimeError):
@@ -220,7 +226,11 @@ class Explanation(NamedTuple):
 call_refusals: dict[str, Callable[..., str | None]] = {}
 
 #: Public functions that are made of several ops.
-PARTS = {"class_attention": ("class_attention_scores", "softmax_attention")}
+PARTS = {
+    "class_attention": ("class_attention_scores", "softmax_attention"),
+    "integer_conv2d": ("integer_conv2d", "quantize_dfp"),
+    "integer_linear": ("integer_conv2d", "quantize_dfp"),
+}
 
 
 def explain(op: str, *args: object) -> Explanation:
@@ -231,11 +241,13 @@ def explain(op: str, *args: object) -> Explanation:
 
     >>> print(viops.explain("reorganize_tokens", x, scores, 137))
     """
-    if op in PARTS:
-        first, *others = (explain(part, *args) for part in PARTS[op])
-        return first._replace(others=tuple(others))
+    first, *others = (_explain_part(part, *args) for part in PARTS.get(op, (op,)))
+    return first._replace(others=tuple(others))
+
+
+def _explain_part(op: str, *args: object) -> Explanation:
     catalog.family_of(op)
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    tensors = [arg for arg in pytree.tree_leaves(args) if isinstance(arg, Tensor)]
     if not tensors:
         raise TypeError("args: there is no tensor among them; accepted are the op's own arguments")
     chosen = None
@@ -316,13 +328,16 @@ def _refuse_tangents(op: str, args: tuple) -> None:
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
-    """Runs a backward op so that differentiating its result raises, where it else would be zero."""
+    """Runs a backward op so that differentiating its result raises, where it else would be zero.
+
+    `markers` are tensors that the result depends on and the op does not take.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(op: str, *args: object) -> object:
-        return getattr(torch.ops.viops, op)(*args)
+    def forward(op: str, num_markers: int, *args: object) -> object:
+        return getattr(torch.ops.viops, op)(*args[num_markers:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: object) -> None:
@@ -344,10 +359,10 @@ class Op:
         name: str,
         schema: str,
         fake: Callable,
-        backward_schema: str,
-        backward_fake: Callable,
-        setup: Callable,
-        backward: Callable,
+        backward_schema: str | None = None,
+        backward_fake: Callable | None = None,
+        setup: Callable | None = None,
+        backward: Callable | None = None,
         vmap: str = "fold",
     ) -> None:
         """Registers the op and its backward.
@@ -357,7 +372,7 @@ class Op:
             schema, backward_schema: arguments and results, from the opening parenthesis on.
             fake, backward_fake: the same without data.
             setup, backward: what torch.autograd.Function calls setup_context and backward;
-                `backward` calls `run_backward`.
+                `backward` calls `run_backward`.  None, all four of them: it has no derivative.
             vmap: "fold" where all tensors lead with the batch, so that a mapped axis can join it;
                 "loop" calls the op for each entry of a mapped axis.
         """
@@ -368,14 +383,18 @@ class Op:
                 _refuse_tangents(name, args)
             return fake(*args)
 
-        for op, full_schema, kernel, op_fake in (
-            (name, schema, self._forward, checked_fake),
-            (f"{name}_backward", backward_schema, self._backward, backward_fake),
-        ):
+        self.has_derivative = backward is not None
+        parts: list[tuple] = [(name, schema, self._forward, checked_fake)]
+        if self.has_derivative:
+            parts.append((f"{name}_backward", backward_schema, self._backward, backward_fake))
+        for op, full_schema, kernel, op_fake in parts:
             library.define(op + full_schema)
             library.impl(op, kernel, "CompositeExplicitAutograd")
             torch.library.register_fake(f"viops::{op}", op_fake, lib=library)
             _VMAP_RULES[vmap](op)
+        self._registered = getattr(torch.ops.viops, name).default
+        if backward is None or setup is None:
+            return
         torch.library.register_autograd(
             f"viops::{name}", backward, setup_context=setup, lib=library
         )
@@ -390,7 +409,6 @@ class Op:
             setup_context=setup,
             backward=backward,
         )
-        self._registered = getattr(torch.ops.viops, name).default
         self._registered_backward = getattr(torch.ops.viops, f"{name}_backward").default
 
     def __call__(self, *args: Any) -> Any:
@@ -405,21 +423,27 @@ class Op:
         """`forward` is what runs where nothing is to be differentiated."""
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if is_plain_eager(*tensors):
-            if torch.is_grad_enabled():
+            if self.has_derivative and torch.is_grad_enabled():
                 for tensor in tensors:
                     if tensor.requires_grad:
                         return self._eager_function.apply(*args)
             return forward(*args)
-        if not _is_compiling() and (
-            _functorch_level() is not None or _forward_ad._current_level >= 0
+        if (
+            self.has_derivative
+            and not _is_compiling()
+            and (_functorch_level() is not None or _forward_ad._current_level >= 0)
         ):
             return self._transformed_function.apply(*args)
         return self._registered(*args)
 
-    def run_backward(self, *args: Any) -> Any:
-        """Runs the backward op on these positional arguments, within `backward`."""
+    def run_backward(self, *args: Any, markers: tuple[Tensor, ...] = ()) -> Any:
+        """Runs the backward op on these positional arguments, within `backward`.
+
+        `markers`: what else the gradients depend on, so that their derivative raises there too.
+        """
         if torch.is_grad_enabled():
-            return _RefuseSecondDerivative.apply(f"{self.name}_backward", *args)
+            op = f"{self.name}_backward"
+            return _RefuseSecondDerivative.apply(op, len(markers), *markers, *args)
         if is_plain_eager(*(arg for arg in args if isinstance(arg, Tensor))):
             return self._backward(*args)
         return self._registered_backward(*args)

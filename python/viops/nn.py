@@ -8,6 +8,7 @@ from .ops.batch_channel_norm.module import (
     convert_sync_batch_channel_norm,
 )
 from .ops.decayed_attention.module import ManhattanSelfAttention, RelativePosition2d
+from .ops.integer_conv.module import Int16Conv2d, Int16Linear
 from .ops.token_reorganization.module import ClassAttention, TokenReorganization
 from .ops.weight_standardization.module import (
     WSConv1d,
@@ -24,6 +25,8 @@ __all__ = [
     "BatchChannelNorm2d",
     "BatchChannelNorm3d",
     "ClassAttention",
+    "Int16Conv2d",
+    "Int16Linear",
     "ManhattanSelfAttention",
     "RelativePosition2d",
     "SyncBatchChannelNorm",

@@ -105,3 +105,4 @@ inline int __float2int_rz(float x) {
   return x >= 0x1p31f ? INT32_MAX : x < -0x1p31f ? INT32_MIN : static_cast<int>(x);
 }
 inline int __float2int_rn(float x) { return __float2int_rz(std::nearbyint(x)); }
+inline float __ll2float_rn(long long x) { return static_cast<float>(x); }

@@ -181,13 +181,23 @@ __global__ void float_products(Results out) {
   for (int i = 0; i < 4; ++i) out.put(i, __float_as_uint(c[i]));
 }
 
+// Of signed and unsigned bytes.
+template <bool kUnsignedA, bool kUnsignedB>
 __global__ void integer_products(Results out) {
   uint32_t a[4], b[2];
   int32_t c[4];
   for (unsigned i = 0; i < 4; ++i) a[i] = mixed(i);
   for (unsigned i = 0; i < 2; ++i) b[i] = mixed(4 + i);
   for (unsigned i = 0; i < 4; ++i) c[i] = static_cast<int32_t>(mixed(6 + i));
-  mma_m16n8k32_s8(c, a, b);
+  if (kUnsignedA && kUnsignedB) {
+    mma_m16n8k32_u8(c, a, b);
+  } else if (kUnsignedA) {
+    mma_m16n8k32_u8_s8(c, a, b);
+  } else if (kUnsignedB) {
+    mma_m16n8k32_s8_u8(c, a, b);
+  } else {
+    mma_m16n8k32_s8(c, a, b);
+  }
   for (int i = 0; i < 4; ++i) out.put(i, static_cast<unsigned>(c[i]));
 }
 
@@ -267,7 +277,10 @@ int main() {
   report("ldmatrix.trans", matrix_loads<true>);
   report("mma.f16", float_products<HalfProduct>);
   report("mma.bf16", float_products<BfloatProduct>);
-  report("mma.s8", integer_products);
+  report("mma.s8", integer_products<false, false>);
+  report("mma.u8.s8", integer_products<true, false>);
+  report("mma.s8.u8", integer_products<false, true>);
+  report("mma.u8", integer_products<true, true>);
   report("cp.async", asynchronous_copies);
   report("atomics", atomics);
 }

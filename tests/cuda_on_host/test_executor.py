@@ -147,7 +147,8 @@ def test_emulation_gives_what_it_gave() -> None:
     ]
     assert outputs[0].stdout == outputs[1].stdout
     names = {line.split()[0] for line in outputs[0].stdout.splitlines()}
-    assert {"shuffles", "votes", "mma.f16", "mma.bf16", "mma.s8", "ldmatrix", "cp.async"} <= names
+    assert {"shuffles", "votes", "mma.f16", "mma.bf16", "ldmatrix", "cp.async"} <= names
+    assert {"mma.s8", "mma.u8", "mma.u8.s8", "mma.s8.u8"} <= names
 
 
 UNSUPPORTED = {

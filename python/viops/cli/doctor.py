@@ -181,7 +181,7 @@ def _examine(op: str, backend: str, cases: tuple[Case, ...]) -> tuple[str, list[
                 with warnings.catch_warnings():
                     if interpreted:  # NumPy's, where a GPU divides by zero in silence
                         warnings.simplefilter("ignore", RuntimeWarning)
-                    deviations = _deviations(op, inputs, backend)
+                    deviations = _deviations(op, inputs, backend, case.precision)
             except viops.BackendError:  # the backend leaves calls of such shapes to others
                 continue
             except Exception as raised:  # whatever a broken build raises is the finding
@@ -222,7 +222,9 @@ class _Deviation(NamedTuple):
     allowed: float
 
 
-def _deviations(op: str, inputs: Inputs, backend: str) -> list[_Deviation]:
+def _deviations(
+    op: str, inputs: Inputs, backend: str, precision: torch.dtype | None
+) -> list[_Deviation]:
     """Of each output and gradient; an integer result deviates by 0 or infinity."""
     generator = torch.Generator().manual_seed(1)
 
@@ -233,7 +235,7 @@ def _deviations(op: str, inputs: Inputs, backend: str) -> list[_Deviation]:
         leaves, outputs = _call(op, inputs)
         grads = {i: draw_like(out) for i, out in enumerate(outputs) if out.requires_grad}
         roots = [outputs[i] for i in grads]
-        gradients = torch.autograd.grad(roots, leaves, list(grads.values()), allow_unused=True)
+        gradients = _gradients(roots, leaves, list(grads.values()))
     with viops.use_backend("reference"):
         kwargs = {name: _to_float64(value) for name, value in inputs.kwargs.items()}
         exact_inputs = Inputs(tuple(map(_to_float64, inputs.args)), kwargs)
@@ -242,17 +244,27 @@ def _deviations(op: str, inputs: Inputs, backend: str) -> list[_Deviation]:
         exact_grads = [
             grad.to(root.dtype) for grad, root in zip(grads.values(), roots, strict=True)
         ]
-        exact_gradients = torch.autograd.grad(roots, exact_leaves, exact_grads, allow_unused=True)
+        exact_gradients = _gradients(roots, exact_leaves, exact_grads)
     names = [f"output {i}" for i in range(len(outputs))]
-    names += [f"gradient {i}" for i in range(len(leaves))]
+    names += [f"gradient {i}" for i in range(len(gradients))]
     results, expected = (*outputs, *gradients), (*exact_outputs, *exact_gradients)
 
-    coarsest = max(_TOLERANCE[leaf.dtype] for leaf in leaves)
+    dtypes = [leaf.dtype for leaf in leaves] + ([] if precision is None else [precision])
+    coarsest = max((_TOLERANCE[dtype] for dtype in dtypes), default=0.0)
     deviations = []
     for name, result, right in zip(names, results, expected, strict=True):
         own = 0.0 if result is None else _TOLERANCE.get(result.dtype, 0.0)
         deviations.append(_Deviation(name, _relative_error(result, right), max(coarsest, own)))
     return deviations
+
+
+def _gradients(
+    roots: list[Tensor], leaves: list[Tensor], grads: list[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """To each leaf; none where no output has a derivative."""
+    if not roots or not leaves:
+        return ()
+    return torch.autograd.grad(roots, leaves, grads, allow_unused=True)
 
 
 def _call(op: str, inputs: Inputs) -> tuple[list[Tensor], tuple[Tensor, ...]]:
@@ -265,6 +277,8 @@ def _call(op: str, inputs: Inputs) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     ]
     outputs = getattr(viops, op)(*args, **inputs.kwargs)
     leaves = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
+    if isinstance(outputs, viops.DfpTensor):
+        return leaves, tuple(outputs)
     return leaves, outputs if isinstance(outputs, tuple) else (outputs,)
 
 

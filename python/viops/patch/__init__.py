@@ -5,6 +5,9 @@ from typing import TypeVar as _TypeVar
 from torch import nn as _nn
 
 from .evit import evit, kept_masks
+from .int16 import int16
+from .int16 import is_patched as _is_int16
+from .int16 import undo as _undo_int16
 from .manhattan import manhattan
 from .manhattan import undo as _undo_vision_transformer
 from .micro_batch import is_patched as _is_micro_batch
@@ -22,6 +25,10 @@ def undo(model: _Model) -> _Model:
     Raises:
         ValueError: the model is not patched.
     """
+    if _is_int16(model):
+        _undo_int16(model)
+        if not (_is_micro_batch(model) or any(isinstance(m, Patched) for m in model.modules())):
+            return model
     if _is_micro_batch(model):
         _undo_micro_batch(model)
         if not any(isinstance(module, Patched) for module in model.modules()):
@@ -33,6 +40,7 @@ __all__ = [
     "KeepRateSchedule",
     "KeptTokens",
     "evit",
+    "int16",
     "kept_masks",
     "manhattan",
     "micro_batch",

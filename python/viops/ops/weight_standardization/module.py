@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
@@ -13,28 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ... import checks
+from ... import checks, optimizer_steps
 from ...dispatch import forced_backend, is_plain_eager, is_reference_forced
 from . import op, reference
 
 Layer = TypeVar("Layer", bound="_Standardizing")
-
-#: How many steps all optimizers of the process have taken.
-_num_steps = 0
-
-
-def _after_step(*_: object) -> None:
-    global _num_steps
-    if not torch.compiler.is_compiling():
-        _num_steps += 1
-
-
-@functools.cache
-def _count_steps() -> None:
-    """Counts steps from now on: one that writes through `.data` leaves no other trace."""
-    register_optimizer_step_post_hook(_after_step)
 
 
 class _Rows(NamedTuple):
@@ -224,7 +207,7 @@ class _Standardizing(nn.Module):
         key = (
             *((t._version, t.data_ptr(), t.stride(), t.dtype, t.shape) for t in tensors),
             options,
-            (_num_steps, forced_backend()),
+            (optimizer_steps.count(), forced_backend()),
             torch.cuda.current_stream(tensors[0].device) if tensors[0].is_cuda else None,
         )
         computed = self._computed  # read once: another thread may change it meanwhile
@@ -238,7 +221,7 @@ class _Standardizing(nn.Module):
             )
         ):
             return computed
-        _count_steps()
+        optimizer_steps.start()
         self._computed = computed = None  # before another of its size is made
         storages = tuple(StorageWeakRef(t.untyped_storage()) for t in tensors)
         with torch.no_grad():
