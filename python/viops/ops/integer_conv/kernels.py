@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,15 +25,21 @@ def native_quantize(
     largest: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     data = torch.empty_like(x, dtype=torch.int16)
-    if data.stride() != x.stride():  # not dense
-        x = torch.empty_strided(data.shape, data.stride(), dtype=x.dtype).copy_(x)
+    x = _laid_out_like(data, x)
     if noise is not None:
-        noise = _flat(torch.empty_strided(x.shape, x.stride()).copy_(noise))
+        noise = _flat(_laid_out_like(data, noise))
     scale = torch.empty((), dtype=torch.float32)
     native.require().integer_conv_quantize(
         _flat(x), bits, power_of_two, rounding, noise, largest, _flat(data), scale
     )
     return data, scale
+
+
+def _laid_out_like(other: Tensor, x: Tensor) -> Tensor:
+    """x in memory as other, which is dense, is."""
+    if x.stride() == other.stride():
+        return x
+    return x.new_empty_strided(other.shape, other.stride()).copy_(x)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -82,56 +88,9 @@ def native_conv2d(
     w_bits: int,
     *_: object,
 ) -> Tensor:
-    window = stride, padding, dilation, groups
-    filters = packed(w, groups, window, False, w_bits, x_bits)
-    y = empty_y(x, w, *window)
-    bias = None if bias is None else bias.float().contiguous()
-    filters.convolve(
-        _as_images(x),
-        x_scale,
-        w_scale,
-        x_bits,
-        None,
-        bias,
-        None,
-        False,
-        False,
-        x.shape[2],
-        x.shape[3],
-        y,
-    )
-    return y
-
-
-def native_conv2d_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    x_scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    x_bits: int,
-    w_bits: int,
-    bits: int,
-    power_of_two: bool,
-    rounding: int,
-    seed: Tensor | None,
-    need_x: bool,
-    need_w: bool,
-) -> tuple[Tensor, Tensor]:
-    window = stride, padding, dilation, groups
-    noise = reference.seeded_noise(grad_y, seed)
-    grad, scale = native_quantize(_as_images(grad_y), bits, power_of_two, rounding, noise)
-    none = grad_y.new_empty(0, dtype=torch.float32)
-    grad_x, grad_w = none, none
-    if need_x:
-        grad_x = native_input_gradient(grad, scale, bits, w, w_scale, w_bits, x.shape[2:], window)
-    if need_w:
-        grad_w = native_weight_gradient(grad, scale, bits, x, x_scale, x_bits, w.shape, window)
-    return grad_x, grad_w
+    of_x, of_w = DfpTensor.trusted(x, x_scale, x_bits), DfpTensor.trusted(w, w_scale, w_bits)
+    window, finish = (stride, padding, dilation, groups), (None, bias, None, False, False)
+    return native_finished_conv2d(of_x, of_w, window, None, *finish)[0]
 
 
 def native_input_gradient(
@@ -145,8 +104,7 @@ def native_input_gradient(
     window: Window,
 ) -> Tensor:
     """grad_x [B, C, H, W] float32 of integers grad [B, O, OH, OW]; size is H, W."""
-    shape = grad.shape[0], w.shape[1] * window[3], *size
-    grad_x = torch.empty(shape, memory_format=torch.channels_last, dtype=torch.float32)
+    grad_x = _empty_input_gradient(grad, w, size, window)
     filters = packed(w, window[3], window, True, w_bits, bits)
     how = None, None, None, False, False, *size
     filters.convolve(_as_images(grad), scale, w_scale, bits, *how, grad_x)
@@ -188,7 +146,7 @@ def native_finished_conv2d(
     x: DfpTensor | Tensor,
     w: DfpTensor,
     window: Window,
-    how: tuple[int, bool, int],
+    how: tuple[int, bool, int] | None,
     gain: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -204,6 +162,7 @@ def native_finished_conv2d(
     residual = None if residual is None else _as_images(residual.detach())
     finish = gain, bias, residual, relu, read_next
     if isinstance(x, Tensor):
+        assert how is not None
         filters = packed(w.data, window[3], window, False, w.bits, how[0])
         y = empty_y(x, w.data, *window)
         return y, filters.convolve_floats(x.detach(), *how[1:], w.scale, *finish, y)
@@ -228,13 +187,6 @@ def cuda_quantize(
     if not bool(scale < torch.inf):
         raise ValueError("x: expected finite values, got infinity or NaN")
     return data, scale
-
-
-def _laid_out_like(other: Tensor, x: Tensor) -> Tensor:
-    """x in memory as other, which is dense, is."""
-    if x.stride() == other.stride():
-        return x
-    return x.new_empty_strided(other.shape, other.stride()).copy_(x)
 
 
 def _with_depth_last(w: Tensor, to_input: bool) -> Tensor:
@@ -271,45 +223,96 @@ def cuda_conv2d(
     return y
 
 
-def cuda_conv2d_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    x_scale: Tensor,
+def cuda_input_gradient(
+    grad: Tensor,
+    scale: Tensor,
+    bits: int,
     w: Tensor,
     w_scale: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    x_bits: int,
     w_bits: int,
+    size: Size,
+    window: Window,
+) -> Tensor:
+    """As `native_input_gradient`."""
+    grad_x = _empty_input_gradient(grad, w, size, window)
+    of_filters = _with_depth_last(w, True), w_scale, bits, w_bits, None, window[3]
+    native.require().integer_conv_convolve(
+        _as_images(grad), scale, *of_filters, *map(tuple, window[:3]), True, *size, grad_x
+    )
+    return grad_x
+
+
+def cuda_weight_gradient(
+    grad: Tensor,
+    scale: Tensor,
     bits: int,
-    power_of_two: bool,
-    rounding: int,
-    seed: Tensor | None,
-    need_x: bool,
-    need_w: bool,
-) -> tuple[Tensor, Tensor]:
-    window = tuple(stride), tuple(padding), tuple(dilation)
-    noise = reference.seeded_noise(grad_y, seed)
-    grad, scale = cuda_quantize(_as_images(grad_y), bits, power_of_two, rounding, noise)
-    none = grad_y.new_empty(0, dtype=torch.float32)
-    grad_x, grad_w = none, none
-    if need_x:
-        filters = _with_depth_last(w, True)
-        grad_x, _ = empty_gradients(x, w, True, False)
-        native.require().integer_conv_convolve(
-            *(grad, scale, filters, w_scale, bits, w_bits, None, groups, *window),
-            *(True, x.shape[2], x.shape[3], grad_x),
-        )
-    if need_w:
-        _, grad_w = empty_gradients(x, w, False, True)
-        scratch = torch.empty_like(grad_w, dtype=torch.int64)
-        native.require().integer_conv_weight_gradient(
-            *(grad, scale, bits, _as_images(x), x_scale, x_bits, groups, *window),
-            *(grad_w, scratch),
-        )
-    return grad_x, grad_w
+    x: Tensor,
+    x_scale: Tensor,
+    x_bits: int,
+    shape: Size,
+    window: Window,
+) -> Tensor:
+    """As `native_weight_gradient`."""
+    grad_w = x.new_empty(shape, dtype=torch.float32)
+    scratch = torch.empty_like(grad_w, dtype=torch.int64)
+    of_x = _as_images(x), x_scale, x_bits, window[3]
+    native.require().integer_conv_weight_gradient(
+        _as_images(grad), scale, bits, *of_x, *map(tuple, window[:3]), grad_w, scratch
+    )
+    return grad_w
+
+
+def _backward_of(
+    quantize: Callable, input_gradient: Callable, weight_gradient: Callable
+) -> Callable:
+    """The backward of a backend that has these."""
+
+    def backward(
+        grad_y: Tensor,
+        x: Tensor,
+        x_scale: Tensor,
+        w: Tensor,
+        w_scale: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        x_bits: int,
+        w_bits: int,
+        bits: int,
+        power_of_two: bool,
+        rounding: int,
+        seed: Tensor | None,
+        need_x: bool,
+        need_w: bool,
+    ) -> tuple[Tensor, Tensor]:
+        window = stride, padding, dilation, groups
+        noise = reference.seeded_noise(grad_y, seed)
+        grad = *quantize(_as_images(grad_y), bits, power_of_two, rounding, noise), bits
+        grad_x = grad_w = grad_y.new_empty(0, dtype=torch.float32)
+        if need_x:
+            grad_x = input_gradient(*grad, w, w_scale, w_bits, x.shape[2:], window)
+        if need_w:
+            grad_w = weight_gradient(*grad, x, x_scale, x_bits, w.shape, window)
+        return grad_x, grad_w
+
+    return backward
+
+
+native_conv2d_backward = _backward_of(
+    native_quantize, native_input_gradient, native_weight_gradient
+)
+cuda_conv2d_backward = _backward_of(cuda_quantize, cuda_input_gradient, cuda_weight_gradient)
+
+
+def _empty_input_gradient(grad: Tensor, w: Tensor, size: Size, window: Window) -> Tensor:
+    """[B, C, H, W], channels_last."""
+    return torch.empty(
+        (grad.shape[0], w.shape[1] * window[3], *size),
+        dtype=torch.float32,
+        device=grad.device,
+        memory_format=torch.channels_last,
+    )
 
 
 def y_shape(
