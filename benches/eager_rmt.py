@@ -11,6 +11,7 @@ import copy
 import torch
 from torch import Tensor, nn
 from viops import models
+from viops.grid_linear import GridLinear
 from viops.ops.decayed_attention import module as ours
 
 Rotation = tuple[Tensor, Tensor]  # sin and cos, each [h, w, D]
@@ -120,7 +121,7 @@ def eager_rmt(model: models.rmt.RMT) -> nn.Module:
             block.retention = _Attention(block.retention)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, ours.GridLinear):
+            if isinstance(child, GridLinear):
                 linear = nn.Linear(child.in_features, child.out_features, device="meta")
                 linear.weight, linear.bias = child.weight, child.bias
                 setattr(parent, name, linear)

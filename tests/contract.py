@@ -259,13 +259,13 @@ def run(
 
 def public(case: Case) -> Callable:
     """The public function of a case."""
-    return getattr(viops, case.op)
+    return case.function_of(viops)
 
 
 def reference(case: Case) -> Callable:
     """The reference of a case's public function: the same signature, plain PyTorch."""
     module = importlib.import_module(f"viops.ops.{FAMILY[case]}.reference")
-    return getattr(module, case.op)
+    return case.function_of(module)
 
 
 @functools.lru_cache(maxsize=2)

@@ -44,7 +44,7 @@ def digest(state_dict: Mapping[str, Tensor]) -> Tensor:
     return torch.tensor(list(hashlib.sha256("\n".join(lines).encode()).digest()), dtype=torch.uint8)
 
 
-def _even(random: np.random.RandomState, *shape: int) -> np.ndarray:
+def even(random: np.random.RandomState, *shape: int) -> np.ndarray:
     """Evenly distributed values of mean 0 and variance 1, the same with every version of numpy."""
     return (random.random_sample(shape) - 0.5) * np.sqrt(12)
 
@@ -63,7 +63,7 @@ def draw_state(state_dict: Mapping[str, Tensor], seed: int = SEED) -> dict[str, 
         if name.endswith(CONSTANT):
             continue
         shape = tuple(state_dict[name].shape)
-        value = _even(random, *shape)
+        value = even(random, *shape)
         if name.endswith(("bias", "running_mean")):
             value *= 0.1
         elif name.endswith("running_var"):
@@ -80,4 +80,4 @@ def draw_state(state_dict: Mapping[str, Tensor], seed: int = SEED) -> dict[str, 
 
 def draw_images(*shape: int, seed: int = SEED + 1) -> Tensor:
     """Images, grids of tokens and weights of a loss, as float32."""
-    return torch.from_numpy(_even(np.random.RandomState(seed), *shape).astype(np.float32))
+    return torch.from_numpy(even(np.random.RandomState(seed), *shape).astype(np.float32))

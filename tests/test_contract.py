@@ -141,9 +141,11 @@ def test_gradients_of_a_sum(case: Case, backend: Backend) -> None:
 def test_gradients_are_there_only_where_asked(case: Case, backend: Backend) -> None:
     args, kwargs = case.inputs(torch.float32, backend.device)
     positions = contract.differentiable(args)
+    # of many arguments, as the tensors of lists are, not all subsets: there are thousands
+    counts = range(len(positions)) if len(positions) < 8 else (0, 1, len(positions) - 1)
     with backend.enter(), contract.poisoned_memory():
         everything = contract.run(contract.public(case), args, kwargs)
-        for count in range(len(positions)):
+        for count in counts:
             for asked in itertools.combinations(positions, count):
                 some = contract.run(contract.public(case), args, kwargs, asked=list(asked))
                 for i in asked:

@@ -24,7 +24,11 @@ class Scratch {
   ~Scratch() { ::operator delete(memory_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  char* data() const { return memory_; }
+  // Aligned to a cache line.
+  char* data() const {
+    const auto place = reinterpret_cast<uintptr_t>(memory_);
+    return memory_ + (kCacheLine - place % kCacheLine) % kCacheLine;
+  }
 
  private:
   char* memory_;

@@ -193,6 +193,50 @@ VIOPS_INLINE void store<float>(float16* to, Vector<float> lanes) {
 #endif
 }
 
+// --- the first `count` lanes, 0 <= count <= kLanes: no memory beyond them is touched
+
+// Zeros are loaded for the others.
+template <class A, class T>
+VIOPS_INLINE Vector<A> load_part(const T* from, int64_t count) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 8) return bit_cast<Vector<A>>(_mm512_maskz_loadu_epi64(mask, from));
+  if constexpr (sizeof(T) == 4) return bit_cast<Vector<A>>(_mm512_maskz_loadu_epi32(mask, from));
+  if constexpr (sizeof(T) == 2) {
+    T lanes[kLanes<A>];
+    const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from);
+    std::memcpy(lanes, &bits, sizeof(lanes));
+    return load<A>(lanes);
+  }
+#else
+  if (count == kLanes<A>) return load<A>(from);
+  T lanes[kLanes<A>] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
+  return load<A>(lanes);
+#endif
+}
+
+template <class A, class T>
+VIOPS_INLINE void store_part(T* to, Vector<A> values, int64_t count) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_epi64(to, mask, bit_cast<__m512i>(values));
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_epi32(to, mask, bit_cast<__m512i>(values));
+  if constexpr (sizeof(T) == 2) {
+    T lanes[kLanes<A>];
+    store<A>(lanes, values);
+    __m256i bits;
+    std::memcpy(&bits, lanes, sizeof(bits));
+    return _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(mask), bits);
+  }
+#else
+  if (count == kLanes<A>) return store<A>(to, values);
+  T lanes[kLanes<A>];
+  store<A>(lanes, values);
+  for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+#endif
+}
+
 VIOPS_INLINE float sum_lanes(Vector<float> lanes) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(lanes);

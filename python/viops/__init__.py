@@ -15,6 +15,7 @@ from .dispatch import BackendError, Explanation, explain, use_backend
 from .ops.batch_channel_norm import batch_channel_norm
 from .ops.decayed_attention import decayed_attention
 from .ops.integer_conv import DfpTensor, integer_conv2d, integer_linear, quantize_dfp
+from .ops.mix_shift import depthwise_norm, mix_shift
 from .ops.token_reorganization import (
     class_attention,
     class_attention_scores,
@@ -37,9 +38,11 @@ __all__ = [
     "class_attention",
     "class_attention_scores",
     "decayed_attention",
+    "depthwise_norm",
     "explain",
     "integer_conv2d",
     "integer_linear",
+    "mix_shift",
     "models",
     "nn",
     "patch",

@@ -5,6 +5,7 @@ A family's cases stand in ``viops/ops/<family>/cases.py`` as ``CASES`` and ``BAD
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 class Draw:
@@ -57,7 +59,7 @@ class Draw:
 
 
 class Inputs(NamedTuple):
-    """What a public function is called with: ``function(*args, **kwargs)``."""
+    """What a case's function is called with: ``function(*args, **kwargs)``."""
 
     args: tuple
     kwargs: dict
@@ -78,11 +80,29 @@ class Case:
     precision: torch.dtype | None = field(default=None, kw_only=True)
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
-        """The arguments, with floating-point tensors of this dtype."""
+        """The arguments, with floating-point tensors of this dtype; those of lists one by one."""
         draw = Draw(dtype, device, seed)
-        args = self.make(draw)
+        args = tuple(pytree.tree_leaves(self.make(draw)))
+        assert len(args) == self._structure.num_leaves
         options = {key: v(draw) if callable(v) else v for key, v in self.options.items()}
         return Inputs(args, options)
+
+    def function_of(self, functions: object) -> Callable:
+        """The case's function among these; it takes lists' arguments one by one, as `inputs`."""
+        function = getattr(functions, self.op)
+        structure = self._structure
+        if structure.num_nodes == 1 + structure.num_leaves:  # no list among them
+            return function
+
+        def of_leaves(*leaves: object, **options: object) -> object:
+            return function(*pytree.tree_unflatten(leaves, structure), **options)
+
+        return of_leaves
+
+    @functools.cached_property
+    def _structure(self) -> pytree.TreeSpec:
+        """Of the arguments; `inputs` has made it, so that `function_of` draws nothing."""
+        return pytree.tree_structure(self.make(Draw(torch.float32)))
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name.replace(' ', '_')}"

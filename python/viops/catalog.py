@@ -66,6 +66,16 @@ FAMILIES = (
         },
     ),
     Family(
+        name="mix_shift",
+        paper="MS-MLP: Zheng et al., arXiv:2202.06510",
+        ops={
+            "mix_shift": {
+                "triton": "it is written in CUDA",
+                "torch": _NO_SUCH_OP,
+            },
+        },
+    ),
+    Family(
         name="weight_standardization",
         paper="Weight Standardization: Qiao et al., arXiv:1903.10520, section 3",
         ops={

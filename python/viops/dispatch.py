@@ -227,6 +227,7 @@ call_refusals: dict[str, Callable[..., str | None]] = {}
 
 #: Public functions that are made of several ops.
 PARTS = {
+    "depthwise_norm": ("mix_shift",),
     "class_attention": ("class_attention_scores", "softmax_attention"),
     "integer_conv2d": ("integer_conv2d", "quantize_dfp"),
     "integer_linear": ("integer_conv2d", "quantize_dfp"),

@@ -9,6 +9,7 @@ from .ops.batch_channel_norm.module import (
 )
 from .ops.decayed_attention.module import ManhattanSelfAttention, RelativePosition2d
 from .ops.integer_conv.module import Int16Conv2d, Int16Linear
+from .ops.mix_shift.module import ConvNeXtBlock, MixShiftBlock
 from .ops.token_reorganization.module import ClassAttention, TokenReorganization
 from .ops.weight_standardization.module import (
     WSConv1d,
@@ -25,9 +26,11 @@ __all__ = [
     "BatchChannelNorm2d",
     "BatchChannelNorm3d",
     "ClassAttention",
+    "ConvNeXtBlock",
     "Int16Conv2d",
     "Int16Linear",
     "ManhattanSelfAttention",
+    "MixShiftBlock",
     "RelativePosition2d",
     "SyncBatchChannelNorm",
     "TokenReorganization",

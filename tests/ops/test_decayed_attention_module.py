@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from viops.cases import Draw
+from viops.grid_linear import GridLinear
 from viops.ops.decayed_attention import module
-from viops.ops.decayed_attention.module import DepthwiseConv2d, GridLinear, RelativePosition2d
+from viops.ops.decayed_attention.module import DepthwiseConv2d, RelativePosition2d
 
 
 @pytest.fixture

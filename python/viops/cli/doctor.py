@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -181,7 +181,7 @@ def _examine(op: str, backend: str, cases: tuple[Case, ...]) -> tuple[str, list[
                 with warnings.catch_warnings():
                     if interpreted:  # NumPy's, where a GPU divides by zero in silence
                         warnings.simplefilter("ignore", RuntimeWarning)
-                    deviations = _deviations(op, inputs, backend, case.precision)
+                    deviations = _deviations(case, inputs, backend)
             except viops.BackendError:  # the backend leaves calls of such shapes to others
                 continue
             except Exception as raised:  # whatever a broken build raises is the finding
@@ -222,24 +222,23 @@ class _Deviation(NamedTuple):
     allowed: float
 
 
-def _deviations(
-    op: str, inputs: Inputs, backend: str, precision: torch.dtype | None
-) -> list[_Deviation]:
+def _deviations(case: Case, inputs: Inputs, backend: str) -> list[_Deviation]:
     """Of each output and gradient; an integer result deviates by 0 or infinity."""
+    function = case.function_of(viops)
     generator = torch.Generator().manual_seed(1)
 
     def draw_like(out: Tensor) -> Tensor:
         return torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
 
     with viops.use_backend(backend):
-        leaves, outputs = _call(op, inputs)
+        leaves, outputs = _call(function, inputs)
         grads = {i: draw_like(out) for i, out in enumerate(outputs) if out.requires_grad}
         roots = [outputs[i] for i in grads]
         gradients = _gradients(roots, leaves, list(grads.values()))
     with viops.use_backend("reference"):
         kwargs = {name: _to_float64(value) for name, value in inputs.kwargs.items()}
         exact_inputs = Inputs(tuple(map(_to_float64, inputs.args)), kwargs)
-        exact_leaves, exact_outputs = _call(op, exact_inputs)
+        exact_leaves, exact_outputs = _call(function, exact_inputs)
         roots = [exact_outputs[i] for i in grads]
         exact_grads = [
             grad.to(root.dtype) for grad, root in zip(grads.values(), roots, strict=True)
@@ -249,7 +248,7 @@ def _deviations(
     names += [f"gradient {i}" for i in range(len(gradients))]
     results, expected = (*outputs, *gradients), (*exact_outputs, *exact_gradients)
 
-    dtypes = [leaf.dtype for leaf in leaves] + ([] if precision is None else [precision])
+    dtypes = [leaf.dtype for leaf in leaves] + ([case.precision] if case.precision else [])
     coarsest = max((_TOLERANCE[dtype] for dtype in dtypes), default=0.0)
     deviations = []
     for name, result, right in zip(names, results, expected, strict=True):
@@ -267,7 +266,7 @@ def _gradients(
     return torch.autograd.grad(roots, leaves, grads, allow_unused=True)
 
 
-def _call(op: str, inputs: Inputs) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+def _call(function: Callable, inputs: Inputs) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """The floating-point arguments as leaves of the graph, and the outputs."""
     args = [
         arg.detach().requires_grad_()
@@ -275,7 +274,7 @@ def _call(op: str, inputs: Inputs) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         else arg
         for arg in inputs.args
     ]
-    outputs = getattr(viops, op)(*args, **inputs.kwargs)
+    outputs = function(*args, **inputs.kwargs)
     leaves = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
     if isinstance(outputs, viops.DfpTensor):
         return leaves, tuple(outputs)

@@ -1,8 +1,21 @@
 """Whole models whose checkpoints are public; timm has them too, once this is imported."""
 
-from . import rmt, timm_registry
+from . import ms_mlp, rmt, timm_registry
+from .ms_mlp import MSMLP, ms_mlp_b, ms_mlp_s, ms_mlp_t
 from .rmt import RMT, rmt_b, rmt_l, rmt_s, rmt_t
 
 timm_registry.register()
 
-__all__ = ["RMT", "rmt", "rmt_b", "rmt_l", "rmt_s", "rmt_t"]
+__all__ = [
+    "MSMLP",
+    "RMT",
+    "ms_mlp",
+    "ms_mlp_b",
+    "ms_mlp_s",
+    "ms_mlp_t",
+    "rmt",
+    "rmt_b",
+    "rmt_l",
+    "rmt_s",
+    "rmt_t",
+]

@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..drop_path import DropPath
+from ..grid_linear import GridLinear
 from ..ops.decayed_attention.module import (
     DepthwiseConv2d,
-    GridLinear,
     GridPosition,
     ManhattanSelfAttention,
     RelativePosition2d,
 )
+from .backbone import Backbone, init_linear
 
 #: Channels between the last stage and the classifier.
 _HEAD_CHANNELS = 1024
@@ -84,25 +86,6 @@ CONFIGS = {
         layer_scales=(None, None, 1e-6, 1e-6),
     ),
 }
-
-
-class DropPath(nn.Module):
-    """In training, drops a branch for each image with this probability, and scales what stays."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, ...] -> [B, ...]."""
-        if not self.training or self.probability == 0:
-            return x
-        keep = 1 - self.probability
-        kept = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep)
-        return x * (kept / keep if keep > 0 else kept)
-
-    def extra_repr(self) -> str:
-        return f"probability={self.probability:.3g}"
 
 
 class FeedForward(nn.Module):
@@ -238,7 +221,7 @@ class Stem(nn.Module):
         return self.proj(x).permute(0, 2, 3, 1).contiguous()
 
 
-class RMT(nn.Module):
+class RMT(Backbone):
     """RMT for classification and as a backbone.
 
     Images may have any size.  The state_dict has the keys of the authors' VisRetNet.
@@ -263,151 +246,28 @@ class RMT(nn.Module):
         learnable_decay: bool = False,
         global_pool: str = "avg",
     ) -> None:
-        super().__init__()
-        _check_pool(global_pool)
         if drop_path_rate is not None:
             config = replace(config, drop_path_rate=drop_path_rate)
-        self.config = config
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = _HEAD_CHANNELS  # timm's names
-        #: What timm asks of a backbone: for each stage its channels, stride and name.
-        self.feature_info = [
-            {"num_chs": channels, "reduction": 4 * 2**i, "module": f"layers.{i}"}
-            for i, channels in enumerate(config.embed_dims)
-        ]
+        super().__init__(config, num_classes, _HEAD_CHANNELS, drop_rate, global_pool)
         self.patch_embed = Stem(in_chans, config.embed_dims[0])
-        rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu")
-        self.layers: Any = nn.ModuleList(
-            Stage(config, i, of_stage.tolist(), learnable_decay)
-            for i, of_stage in enumerate(rates.split(config.depths))
+        self.layers = nn.ModuleList(
+            Stage(config, i, of_stage, learnable_decay)
+            for i, of_stage in enumerate(self._drop_paths())
         )
         self.proj: nn.Module = GridLinear(config.embed_dims[-1], _HEAD_CHANNELS)
         self.norm: nn.Module = nn.BatchNorm2d(_HEAD_CHANNELS)
-        self.head_drop = nn.Dropout(drop_rate)
         self.head = self._make_head()
-        self.apply(_init_linear)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> logits [B, num_classes]."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> [B, 1024, ceil(H / 32), ceil(W / 32)], before pooling."""
-        return self._project(self._stages(x)[-1])
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """What forward_features gives -> logits [B, num_classes], or pooled [B, 1024]."""
-        x = x.mean(dim=(2, 3))
-        return x if pre_logits else self.head(self.head_drop(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """The stages' outputs, each [B, C, h, w] ("NCHW") or [B, h, w, C] ("NHWC").
-
-        Args:
-            x: images [B, in_chans, H, W].
-            indices: which stages, counted from 0 or, below 0, from the end; a number is the last so
-                many, None is all.
-            norm: must be False: RMT has no norm after a stage.
-            stop_early: whether no stage after the last one taken runs.
-            output_fmt: the layout.
-            intermediates_only: whether the list alone is returned, without what forward_features
-                gives before it; `stop_early` needs it where the last stage is not taken.
-        """
-        if norm:
-            raise ValueError("norm: expected False, for RMT has no norm after a stage, got True")
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt: expected 'NCHW' or 'NHWC', got {output_fmt!r}")
-        take = self._take(indices)
-        outputs = self._stages(x, 1 + max(take) if stop_early else len(self.layers))
-        taken = [
-            stage.permute(0, 3, 1, 2) if output_fmt == "NCHW" else stage
-            for stage in (outputs[i] for i in take)
-        ]
-        if intermediates_only:
-            return taken
-        return self._project(outputs[-1]), taken
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | Sequence[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Takes out the stages after the last of `indices`; returns the places of those named."""
-        take = self._take(indices)
-        self.layers = self.layers[: 1 + max(take)]
-        self.layers[-1].downsample = None
-        if prune_norm or len(self.layers) < len(self.config.depths):
-            self.proj, self.norm = nn.Identity(), nn.Identity()
-        if prune_head:
-            self.reset_classifier(0)
-        return take
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for so many classes; 0 is none."""
-        _check_pool("avg" if global_pool is None else global_pool)
-        self.num_classes = num_classes
-        self.head = self._make_head().to(next(self.parameters()))
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether training keeps the inputs of blocks alone and runs each again in backward."""
-        for stage in self.layers:
-            stage.grad_checkpointing = enable
+        self.apply(init_linear)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that an optimizer is to leave without weight decay: those of the decays."""
         return {name for name, _ in self.named_parameters() if name.endswith("log_exponent")}
 
-    def _stages(self, x: Tensor, count: int | None = None) -> list[Tensor]:
-        """The outputs of the first `count` stages, each [B, h, w, C]."""
-        x = self.patch_embed(x)
-        outputs: list[Tensor] = []
-        for stage in self.layers[:count]:
-            outputs.append(stage(x))
-            if stage.downsample is not None and len(outputs) != count:
-                x = stage.downsample(outputs[-1])
-        return outputs
+    def _after_stages(self) -> tuple[str, ...]:
+        return "proj", "norm"
 
-    def _project(self, x: Tensor) -> Tensor:
-        """[B, h, w, C] of the last stage -> [B, 1024, h, w]."""
+    def _features(self, x: Tensor) -> Tensor:
         return F.silu(self.norm(self.proj(x).permute(0, 3, 1, 2)))
-
-    def _take(self, indices: int | Sequence[int] | None) -> list[int]:
-        count = len(self.layers)
-        if indices is None:
-            return list(range(count))
-        if isinstance(indices, int):
-            indices = range(count - indices, count)
-        places = sorted(i + count if i < 0 else i for i in indices)
-        if not places or any(not 0 <= place < count for place in places):
-            raise ValueError(f"indices: expected some of the {count} stages, got {indices!r}")
-        return places
-
-    def _make_head(self) -> nn.Module:
-        return nn.Linear(_HEAD_CHANNELS, self.num_classes) if self.num_classes else nn.Identity()
-
-
-def _check_pool(global_pool: str) -> None:
-    if global_pool != "avg":
-        raise ValueError(f"global_pool: expected 'avg', got {global_pool!r}")
-
-
-def _init_linear(module: nn.Module) -> None:
-    """As the authors' models are initialised; other layers keep torch's values."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 def rmt_t(**options: Any) -> RMT:

@@ -5,14 +5,29 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from .rmt import CONFIGS, RMT
+from . import ms_mlp, rmt
+from .backbone import Backbone, Sizes
 
 
-def _default_cfg() -> dict[str, Any]:
+class Family(NamedTuple):
+    """Models of one class; `cfg` is what timm is to know about them beside `_default_cfg`."""
+
+    model: type[Backbone]
+    configs: dict[str, Sizes]
+    cfg: dict[str, Any]
+
+
+FAMILIES = (
+    Family(rmt.RMT, {**rmt.CONFIGS}, {"first_conv": "patch_embed.proj.0"}),
+    Family(ms_mlp.MSMLP, {**ms_mlp.CONFIGS}, {"first_conv": "patch_embed.proj", "crop_pct": 0.875}),
+)
+
+
+def _default_cfg(**options: Any) -> dict[str, Any]:
     """What timm is to know about the models; there are no weights to download."""
     return {
         "url": "",
@@ -23,12 +38,14 @@ def _default_cfg() -> dict[str, Any]:
         "interpolation": "bicubic",
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
-        "first_conv": "patch_embed.proj.0",
         "classifier": "head",
+        **options,
     }
 
 
-default_cfgs = {f"viops_{size}": _default_cfg() for size in CONFIGS}
+default_cfgs = {
+    f"viops_{size}": _default_cfg(**family.cfg) for family in FAMILIES for size in family.configs
+}
 
 
 def register() -> None:
@@ -41,21 +58,22 @@ def register() -> None:
         text = f"timm does not load, so that it has no model of viops: {error}"
         warnings.warn(text, RuntimeWarning, stacklevel=3)
         return
-    for size in CONFIGS:
-        register_model(_entrypoint(size))
+    for family in FAMILIES:
+        for size, config in family.configs.items():
+            register_model(_entrypoint(family.model, size, config))
 
 
-def _entrypoint(size: str) -> Callable[..., nn.Module]:
+def _entrypoint(model: type[Backbone], size: str, config: Sizes) -> Callable[..., nn.Module]:
     """The function that timm calls to create a model."""
 
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
         from timm.models import build_model_with_cfg
 
         return build_model_with_cfg(
-            RMT,
+            model,
             f"viops_{size}",
             pretrained,
-            config=CONFIGS[size],
+            config=config,
             feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
             **options,
         )

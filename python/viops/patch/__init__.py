@@ -4,19 +4,25 @@ from typing import TypeVar as _TypeVar
 
 from torch import nn as _nn
 
+from . import convnext as _convnext
+from . import int16 as _int16
+from . import manhattan as _vision_transformer
+from . import micro_batch as _micro_batch
+from .convnext import convnext
 from .evit import evit, kept_masks
 from .int16 import int16
-from .int16 import is_patched as _is_int16
-from .int16 import undo as _undo_int16
 from .manhattan import manhattan
-from .manhattan import undo as _undo_vision_transformer
-from .micro_batch import is_patched as _is_micro_batch
 from .micro_batch import micro_batch
-from .micro_batch import undo as _undo_micro_batch
 from .schedule import KeepRateSchedule
-from .vision_transformer import KeptTokens, Patched
+from .vision_transformer import KeptTokens
 
 _Model = _TypeVar("_Model", bound=_nn.Module)
+
+#: Those that were put in last come out first.
+_PATCHES = tuple(
+    (patch.is_patched, patch.undo)
+    for patch in (_int16, _micro_batch, _convnext, _vision_transformer)
+)
 
 
 def undo(model: _Model) -> _Model:
@@ -25,20 +31,22 @@ def undo(model: _Model) -> _Model:
     Raises:
         ValueError: the model is not patched.
     """
-    if _is_int16(model):
-        _undo_int16(model)
-        if not (_is_micro_batch(model) or any(isinstance(m, Patched) for m in model.modules())):
-            return model
-    if _is_micro_batch(model):
-        _undo_micro_batch(model)
-        if not any(isinstance(module, Patched) for module in model.modules()):
-            return model
-    return _undo_vision_transformer(model)
+    was_patched = False
+    for is_patched, take_out in _PATCHES:
+        if is_patched(model):
+            take_out(model)
+            was_patched = True
+    if not was_patched:
+        raise ValueError(
+            f"model: expected one that viops.patch has patched, got {type(model).__name__}"
+        )
+    return model
 
 
 __all__ = [
     "KeepRateSchedule",
     "KeptTokens",
+    "convnext",
     "evit",
     "int16",
     "kept_masks",

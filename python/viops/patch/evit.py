@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.token_reorganization import restore_tokens
+from .model_checks import check_not_patched, name_of
 from .vision_transformer import (
     KeptTokens,
     Patched,
@@ -22,7 +23,7 @@ from .vision_transformer import (
     ScoringAttention,
     check_keep_rates,
     own_class,
-    patched_class,
+    patch_module,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -90,9 +91,9 @@ def evit(
     for layer, rate in zip(layers, keep_rates, strict=True):
         block = blocks[layer]
         block.reorganization = Reorganization(rate, num_prefix, bool(fuse))
-        _patch(block, ReorganizingBlock)
-        _patch(block.attn, ScoringAttention)
-    _patch(model, ReorganizingVisionTransformer)
+        patch_module(block, ReorganizingBlock)
+        patch_module(block.attn, ScoringAttention)
+    patch_module(model, ReorganizingVisionTransformer)
     return model
 
 
@@ -134,23 +135,17 @@ def kept_masks(kept: Sequence[KeptTokens]) -> list[Tensor]:
     return masks
 
 
-def _patch(module: Any, mixin: type) -> None:
-    own: Any = type(module)
-    module.__class__ = patched_class(mixin, own)
-
-
 def _check_model(model: nn.Module) -> ModuleType:
     """Raises unless the model can be patched; returns timm's module of vision transformers."""
-    if isinstance(model, ReorganizingVisionTransformer):
-        raise ValueError(
-            "model: it is patched already; expected one that is not: viops.patch.undo takes "
-            "the patch out, and keep_rate can be given by the call"
-        )
+    check_not_patched(
+        isinstance(model, ReorganizingVisionTransformer),
+        ", and keep_rate can be given by the call",
+    )
     timm_vit = sys.modules.get("timm.models.vision_transformer")  # a model of timm's has loaded it
     if timm_vit is None or not isinstance(model, timm_vit.VisionTransformer):
         raise TypeError(
             "model: expected timm's VisionTransformer, before it is wrapped by torch.compile, "
-            f"DistributedDataParallel or the like, got {_name(model)}"
+            f"DistributedDataParallel or the like, got {name_of(model)}"
         )
     for method in ("forward", "forward_features", "forward_intermediates"):
         _check_method("model", model, method, timm_vit.VisionTransformer)
@@ -184,9 +179,5 @@ def _check_method(name: str, module: nn.Module, method: str, expected: type) -> 
     if getattr(type(module), method) is not getattr(expected, method) or method in vars(module):
         raise TypeError(
             f"{name}: expected timm's {expected.__name__}.{method}, which token reorganization "
-            f"rewrites, got another {method} in {_name(module)}"
+            f"rewrites, got another {method} in {name_of(module)}"
         )
-
-
-def _name(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -11,8 +11,8 @@ from torch import nn
 from ..ops.integer_conv.module import Int16Conv2d, Int16Linear
 from ..ops.integer_conv.op import check_options
 from .integer_blocks import IntegerBlock, mixin_of
-from .micro_batch import _check_skip
-from .vision_transformer import own_class, patched_class
+from .model_checks import check_module, check_not_patched, check_skip, is_skipped, name_of
+from .vision_transformer import own_class, patch_module
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -75,13 +75,8 @@ def int16(
 
     Source: Das et al., arXiv:1802.00930, section 4.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if is_patched(model):
-        raise ValueError(
-            "model: it is patched already; expected one that is not: viops.patch.undo takes "
-            "the patch out"
-        )
+    check_module(model)
+    check_not_patched(is_patched(model))
     bits = check_options(bits, scaling, rounding, None)
     layers = _layers(model, skip)
     if not layers:
@@ -95,8 +90,7 @@ def int16(
     for block in list(model.modules()):
         mixin: Any = mixin_of(block)
         if mixin is not None:
-            own: Any = type(block)
-            block.__class__ = patched_class(mixin, own)
+            patch_module(block, mixin)
     return model
 
 
@@ -117,16 +111,15 @@ def _layers(model: nn.Module, skip: Sequence[str] | None) -> list[Any]:
         names = [name for name, _ in candidates]
         skipped = {*names[:1], *names[-1:]}
     else:
-        skipped = set(_check_skip(model, skip))
+        skipped = set(check_skip(model, skip))
     layers = []
     for name, module in candidates:
-        if any(name == entry or name.startswith(f"{entry}.") for entry in skipped):
+        if is_skipped(name, skipped):
             continue
         if type(module) not in _CLASSES:
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
             raise TypeError(
-                f"{name}: expected torch's own Conv2d or Linear, got {kind}; with its name in "
-                "skip it stays as it is"
+                f"{name}: expected torch's own Conv2d or Linear, got {name_of(module)}; with its "
+                "name in skip it stays as it is"
             )
         if module.weight.dtype is not torch.float32:
             raise ValueError(

@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..dispatch import is_plain_eager
 from ..ops.integer_conv.convolution import integer_conv2d
 from ..ops.integer_conv.dfp import DfpTensor
 from ..ops.integer_conv.module import Int16Conv2d
 from ..ops.integer_conv.op import keep, kept_or_quantized
+from ..plain_modules import are_watched, is_bare
 from .fused_blocks import KNOWN
 from .vision_transformer import Patched
 
@@ -54,8 +54,8 @@ class IntegerBlock(Patched):
             and x.dtype is torch.float32
             and x.device.type == "cpu"
             and not self.training
-            and all(_is_bare(getattr(self, part)) for part in parts)
-            and not _has_any_global_hook()
+            and all(_is_left_out(getattr(self, part)) for part in parts)
+            and not are_watched()
             and all(
                 isinstance(getattr(self, conv), Int16Conv2d)
                 and _is_norm(getattr(self, norm))
@@ -75,7 +75,7 @@ class IntegerBlock(Patched):
             and isinstance(layers[0], Int16Conv2d)
             and layers[0]._options == getattr(self, self.stages[0][0])._options
             and _is_norm(layers[1])
-            and all(map(_is_bare, (self.downsample, *layers)))
+            and all(map(_is_left_out, (self.downsample, *layers)))
         ):
             return _run(layers[0], layers[1], integers, relu=False, emit=False)
         return self.downsample(x)
@@ -110,16 +110,9 @@ def _run(
     )
 
 
-def _is_bare(module: nn.Module) -> bool:
-    """In eval mode, with its class's forward and no hooks: its call may be left out."""
-    return not (
-        module.training
-        or "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+def _is_left_out(module: nn.Module) -> bool:
+    """In eval mode, and its call may be left out."""
+    return not module.training and is_bare(module)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -14,7 +14,8 @@ from ..ops.decayed_attention import decayed_attention
 from ..ops.decayed_attention.module import WideBuffers, log_decays
 from ..ops.decayed_attention.prefix import attention_with_prefix
 from .evit import undo as undo_evit
-from .vision_transformer import Patched, ReorganizingVisionTransformer, own_class, patched_class
+from .model_checks import check_not_patched, name_of
+from .vision_transformer import Patched, ReorganizingVisionTransformer, own_class, patch_module
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -139,8 +140,7 @@ def manhattan(
     ]
     for i, decay in zip(places, decays, strict=True):
         attention = blocks[i].attn
-        own: Any = type(attention)
-        attention.__class__ = patched_class(DecayingAttention, own)
+        patch_module(attention, DecayingAttention)
         attention.register_buffer(
             "log_decay", decay.to(attention.qkv.weight.device, copy=True), persistent=False
         )
@@ -151,22 +151,22 @@ def manhattan(
 
 
 def undo(model: Model) -> Model:
-    """Takes out of the model what viops.patch put in, in place; returns the same model.
-
-    Raises:
-        ValueError: the model is not patched.
-    """
-    decaying = [module for module in model.modules() if isinstance(module, DecayingAttention)]
-    for attention in decaying:
-        del attention.log_decay, attention.decays, attention.grid_of, attention.num_prefix
-        attention.__class__ = own_class(attention)
+    """Takes out of the model what `manhattan` and `evit` put in, in place; returns the same."""
+    for module in list(model.modules()):
+        if isinstance(module, DecayingAttention):
+            del module.log_decay, module.decays, module.grid_of, module.num_prefix
+            patched: Any = module
+            patched.__class__ = own_class(module)
     if isinstance(model, ReorganizingVisionTransformer):
         undo_evit(model)
-    elif not decaying:
-        raise ValueError(
-            f"model: expected one that viops.patch has patched, got {type(model).__name__}"
-        )
     return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether manhattan or evit has changed something in the model."""
+    return isinstance(model, ReorganizingVisionTransformer) or any(
+        isinstance(module, DecayingAttention) for module in model.modules()
+    )
 
 
 def _check_model(model: nn.Module) -> Any:
@@ -175,13 +175,9 @@ def _check_model(model: nn.Module) -> Any:
     if timm_vit is None or not isinstance(model, timm_vit.VisionTransformer):
         raise TypeError(
             "model: expected timm's VisionTransformer, before it is wrapped by torch.compile, "
-            f"DistributedDataParallel or the like, got {_name(model)}"
+            f"DistributedDataParallel or the like, got {name_of(model)}"
         )
-    if any(isinstance(module, Patched) for module in model.modules()):
-        raise ValueError(
-            "model: it is patched already; expected one that is not: viops.patch.undo takes "
-            "the patch out"
-        )
+    check_not_patched(any(isinstance(module, Patched) for module in model.modules()))
     if getattr(model, "dynamic_img_size", False):
         raise ValueError(
             "model: with dynamic_img_size its blocks are not told the grid; expected a model for "
@@ -209,7 +205,7 @@ def _check_attention(name: str, attention: Any, timm_vit: Any) -> None:
     if getattr(type(attention), "forward", None) is not own or "forward" in vars(attention):
         raise TypeError(
             f"{name}: expected timm's Attention.forward, which decayed attention rewrites, got "
-            f"another forward in {_name(attention)}"
+            f"another forward in {name_of(attention)}"
         )
     if attention.attn_drop.p > 0:
         raise ValueError(
@@ -225,7 +221,3 @@ def _check_decay(log_decay: Tensor | Sequence[float], num_heads: int) -> Tensor:
     if not (decay <= 0).all() or not decay.isfinite().all():
         raise ValueError(f"log_decay: expected at most 0 and finite, got {decay.tolist()}")
     return decay
-
-
-def _name(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -15,8 +15,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..checks import check_int
 from ..ops.batch_channel_norm.module import BatchChannelNorm2d
 from ..ops.weight_standardization.module import WSConv2d
+from ..plain_modules import has_hooks
 from .fused_blocks import KNOWN, TORCHVISION, FusedActivation, FusedBlock, Known
-from .vision_transformer import own_class, patched_class
+from .model_checks import (
+    check_module,
+    check_no_hooks,
+    check_not_patched,
+    check_skip,
+    is_skipped,
+    name_of,
+)
+from .vision_transformer import own_class, patch_module
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,7 +40,9 @@ class _Plan:
     def __init__(self, model: nn.Module, skip: Sequence[str]) -> None:
         self.model = model
         self.skip = skip
-        self.skipped = {id(module) for name, module in model.named_modules() if self._skips(name)}
+        self.skipped = {
+            id(module) for name, module in model.named_modules() if is_skipped(name, skip)
+        }
         self.convs: list[Any] = []
         self.norms: dict[int, Any] = {}  # by id
         #: ids of norms that take over a ReLU
@@ -45,9 +56,6 @@ class _Plan:
         for owner in model.modules():
             self._find_activations(owner)
 
-    def _skips(self, name: str) -> bool:
-        return any(name == entry or name.startswith(f"{entry}.") for entry in self.skip)
-
     def _find_layers(self) -> None:
         layers: list[tuple[str, nn.Module]] = []
         for name, module in self.model.named_modules():
@@ -58,7 +66,7 @@ class _Plan:
                 layers.append((name, module))
         following = [module for _, module in layers[1:]] + [None]
         for (name, module), after in zip(layers, following, strict=True):
-            if self._skips(name):
+            if is_skipped(name, self.skip):
                 continue
             if isinstance(module, nn.Conv2d) and _is_to_standardize(module, after):
                 _check_conv(name, module)
@@ -161,11 +169,11 @@ def micro_batch(
     """
     _check_model(model)
     check_int("num_groups", num_groups, 1, None, "")
-    plan = _Plan(model, _check_skip(model, skip))
+    plan = _Plan(model, check_skip(model, skip))
     if not plan.convs and not plan.norms:
         raise ValueError(
             "model: expected one with batch norms, or with convolutions before norms, got "
-            f"{_name(model)}"
+            f"{name_of(model)}"
         )
     for conv in plan.convs:
         conv.__class__ = StandardizedConv2d
@@ -173,8 +181,7 @@ def micro_batch(
     for owner, name in plan.activations:
         owner._modules[name] = FusedActivation(getattr(owner, name))
     for block, mixin in plan.blocks:
-        own: Any = type(block)
-        block.__class__ = patched_class(mixin, own)
+        patch_module(block, mixin)
     replacements = {
         key: _replacement(bn, num_groups, estimate, key in plan.with_relu)
         for key, bn in plan.norms.items()
@@ -193,12 +200,12 @@ def undo(model: Model) -> Model:
     """
     if not is_patched(model):
         raise ValueError(
-            "model: expected one that viops.patch.micro_batch has patched, got " + _name(model)
+            "model: expected one that viops.patch.micro_batch has patched, got " + name_of(model)
         )
     for name, module in model.named_modules():
         if isinstance(module, StandardizedConv2d) and type(module) is not StandardizedConv2d:
             raise ValueError(
-                f"{name}: expected what micro_batch put in, got {_name(module)}: take "
+                f"{name}: expected what micro_batch put in, got {name_of(module)}: take "
                 "parametrizations out first"
             )
     _replace(model, _original)
@@ -308,51 +315,23 @@ def _is_other_norm(norm: nn.Module) -> bool:
 
 
 def _is_relu(module: object) -> bool:
-    return type(module) is nn.ReLU and not _has_hooks(module)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return type(module) is nn.ReLU and not has_hooks(module)
 
 
 def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if is_patched(model):
-        raise ValueError(
-            "model: it is patched already; expected one that is not: viops.patch.undo takes "
-            "the patch out"
-        )
+    check_module(model)
+    check_not_patched(is_patched(model))
     if isinstance(model, _BatchNorm):
         raise ValueError(
-            f"model: expected one that has norms in it, got the norm {_name(model)} itself; "
+            f"model: expected one that has norms in it, got the norm {name_of(model)} itself; "
             "viops.nn.BatchChannelNorm2d is what stands for it"
         )
-
-
-def _check_skip(model: nn.Module, skip: Sequence[str]) -> Sequence[str]:
-    if (
-        isinstance(skip, str)
-        or not isinstance(skip, Iterable)
-        or not all(isinstance(name, str) for name in skip)
-    ):
-        raise TypeError(f"skip: expected a sequence of names of modules, got {skip!r}")
-    names = {name for name, _ in model.named_modules()} - {""}
-    for name in skip:
-        if name not in names:
-            raise ValueError(f"skip: {name!r} is no module of the model; expected names of some")
-    return tuple(skip)
 
 
 def _check_conv(name: str, conv: nn.Conv2d) -> None:
     if type(conv) is not nn.Conv2d:
         raise TypeError(
-            f"{name}: expected torch's Conv2d before a norm, got {_name(conv)}; with its name in "
+            f"{name}: expected torch's Conv2d before a norm, got {name_of(conv)}; with its name in "
             "skip it stays as it is"
         )
 
@@ -367,7 +346,7 @@ def _check_norm(name: str, norm: Any) -> None:
         if isinstance(norm, nn.SyncBatchNorm):
             hint = "patch before viops.nn.convert_sync_batch_channel_norm"
         raise TypeError(
-            f"{name}: expected torch's BatchNorm2d or timm's BatchNormAct2d, got {_name(norm)}; "
+            f"{name}: expected torch's BatchNorm2d or timm's BatchNormAct2d, got {name_of(norm)}; "
             + hint
         )
     for option, value in (
@@ -377,11 +356,4 @@ def _check_norm(name: str, norm: Any) -> None:
     ):
         if value is None:
             raise ValueError(f"{name}: expected a norm with {option}; in skip it stays as it is")
-    if _has_hooks(norm):
-        raise ValueError(
-            f"{name}: it has hooks, which nothing would call; expected none, or its name in skip"
-        )
-
-
-def _name(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    check_no_hooks(name, norm)

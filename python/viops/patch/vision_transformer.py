@@ -71,6 +71,12 @@ def _new_patched(mixin: type, own: type) -> Patched:
     return cls.__new__(cls)
 
 
+def patch_module(module: Any, mixin: Any) -> None:
+    """Replaces the module's class by one made of the mixin and its own."""
+    own: Any = type(module)
+    module.__class__ = patched_class(mixin, own)
+
+
 def own_class(module: Patched) -> type:
     """The class that the module had before it was patched."""
     return type(module).__bases__[1]

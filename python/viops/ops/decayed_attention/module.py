@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,14 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...dispatch import is_plain_eager
+from ...grid_linear import GridLinear, channels_first, is_plain_float
+from ...plain_modules import are_watched, is_bare, is_depthwise
 from .op import decayed_attention
 
 #: How many grids a RelativePosition2d keeps tables for.
 _MAX_GRIDS = 8
-
-_IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-#: Of smaller batches torch's convolutions are not oneDNN's on one thread.
-_MIN_BATCH_OF_ONE_THREAD = 16
 
 
 class GridPosition(NamedTuple):
@@ -141,50 +138,6 @@ class RelativePosition2d(WideBuffers):
         )
 
 
-def _is_plain_float(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's CPU convolutions of these are as exact as its products and sums."""
-    return (
-        x.device.type == weight.device.type == "cpu"
-        and x.dtype is weight.dtype
-        and x.dtype in (torch.float32, torch.float64)
-        and type(weight) in (Tensor, nn.Parameter)
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def _channels_first(x: Tensor) -> Tensor:
-    """[B, h, w, C] -> [B, C, h, w], in channels_last: a view where x is contiguous."""
-    return x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-
-
-class GridLinear(nn.Linear):
-    """nn.Linear over the channels of a grid [B, h, w, C].
-
-    On x86 CPUs, in float32 and outside of torch.compile, it runs as a convolution of size 1, which
-    is oneDNN's.  The product that torch takes for nn.Linear is MKL's, which was half as fast on an
-    AMD processor with AVX-512; on Intel's it has not been measured.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, h, w, in_features] -> [B, h, w, out_features]."""
-        if torch.compiler.is_compiling() or not self._runs_on_onednn(x):
-            return super().forward(x)
-        out = F.conv2d(_channels_first(x), self.weight[:, :, None, None], self.bias)
-        return out.permute(0, 2, 3, 1)
-
-    def _runs_on_onednn(self, x: Tensor) -> bool:
-        return (
-            _IS_X86
-            and x.dim() == 4
-            and x.numel() > 0
-            and x.dtype is torch.float32
-            and _is_plain_float(x, self.weight)
-            and torch._C._get_mkldnn_enabled()
-            # else torch's own convolution, on MKL's product
-            and (torch.get_num_threads() > 1 or x.shape[0] >= _MIN_BATCH_OF_ONE_THREAD)
-        )
-
-
 class DepthwiseConv2d(nn.Module):
     """A depthwise convolution of [B, h, w, C] that keeps the grid; its weights are ``conv``'s.
 
@@ -202,12 +155,12 @@ class DepthwiseConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, h, w, C] -> [B, h, w, C]: in channels_last, a view each way."""
-        channels_first = _channels_first(x)
-        if self.residual and self._is_as_made() and _is_plain_float(x, self.conv.weight):
-            out = self._convolve_with_residual(channels_first)
+        grid = channels_first(x)
+        if self.residual and self._is_as_made() and is_plain_float(x, self.conv.weight):
+            out = self._convolve_with_residual(grid)
         else:
-            out = self.conv(channels_first)
-            out = out + channels_first if self.residual else out
+            out = self.conv(grid)
+            out = out + grid if self.residual else out
         return out.permute(0, 2, 3, 1)
 
     def _convolve_with_residual(self, x: Tensor) -> Tensor:
@@ -223,21 +176,7 @@ class DepthwiseConv2d(nn.Module):
 
     def _is_as_made(self) -> bool:
         """Whether `conv` is what it was made as, with nobody who watches or overrides its call."""
-        conv = self.conv
-        side = conv.kernel_size[0]
-        return (
-            type(conv) is nn.Conv2d
-            and "forward" not in vars(conv)
-            and conv.groups == conv.in_channels == conv.out_channels
-            and conv.kernel_size == (side, side)
-            and side % 2 == 1
-            and conv.padding == (side // 2, side // 2)
-            and conv.stride == conv.dilation == (1, 1)
-            and conv.padding_mode == "zeros"
-            and not (conv._forward_hooks or conv._forward_pre_hooks)
-            and not (conv._backward_hooks or conv._backward_pre_hooks)
-            and not nn.modules.module._has_any_global_hook()
-        )
+        return is_depthwise(self.conv) and is_bare(self.conv) and not are_watched()
 
 
 class ManhattanSelfAttention(nn.Module):
