@@ -65,6 +65,11 @@ class Inputs(NamedTuple):
     kwargs: dict
 
 
+def _is_argument(value: object) -> bool:
+    """Whether it is given as it is: all but lists, and the tuple of all arguments."""
+    return type(value) not in (list, tuple)
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """One call of a public function."""
@@ -82,7 +87,7 @@ class Case:
     def inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
         """The arguments, with floating-point tensors of this dtype; those of lists one by one."""
         draw = Draw(dtype, device, seed)
-        args = tuple(pytree.tree_leaves(self.make(draw)))
+        args = tuple(pytree.tree_leaves(self.make(draw), _is_argument))
         assert len(args) == self._structure.num_leaves
         options = {key: v(draw) if callable(v) else v for key, v in self.options.items()}
         return Inputs(args, options)
@@ -102,7 +107,7 @@ class Case:
     @functools.cached_property
     def _structure(self) -> pytree.TreeSpec:
         """Of the arguments; `inputs` has made it, so that `function_of` draws nothing."""
-        return pytree.tree_structure(self.make(Draw(torch.float32)))
+        return pytree.tree_structure(self.make(Draw(torch.float32)), _is_argument)
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name.replace(' ', '_')}"
