@@ -222,7 +222,7 @@ VIOPS_INLINE void with_staged(const Plan<A>& plan, const Block& block, const Cha
                               A* memory, const Use& use) {
   if (!plan.staged) return use(image);
   const int64_t columns = plan.width, row = columns * block.lanes;
-  if (image.row == columns) {
+  if (image.row == columns * image.column) {
     load_columns<A, T>(image.data, image.column, image.channel, plan.height * columns, block.count,
                        block.lanes, memory);
   } else {
