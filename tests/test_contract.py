@@ -331,7 +331,7 @@ def test_vmap(case: Case, backend: Backend) -> None:
 
 @WITH_DERIVATIVE
 def test_func_grad(case: Case, backend: Backend) -> None:
-    args, kwargs = case.inputs(torch.float32, backend.device)
+    args, kwargs = case.inputs(torch.float64, backend.device)
     positions = tuple(contract.differentiable(args))
 
     def loss(*args: object) -> Tensor:
