@@ -9,8 +9,9 @@ namespace {
 constexpr int64_t kPlaneSlabBytes = 16 << 10;  // of a plane's stripe: two of them stay in the first cache
 constexpr int64_t kStripeBytes = 384 << 10;    // of all channels of a stripe: within the second cache
 constexpr int64_t kLeastStripeRows = 4;
-constexpr int64_t kStripePlaces = 4096;     // at most, so that no sum of float32 is too long
-constexpr int64_t kStagedBytes = 64 << 10;  // of small planes side by side
+constexpr int64_t kStripePlaces = 4096;      // at most, so that no sum of float32 is too long
+constexpr int64_t kStagedBytes = 64 << 10;   // of small planes side by side
+constexpr int64_t kMoveTaps = kVectorBytes;  // in the time that brings a place in and out: measured
 
 // A row of so many columns is vectors enough that what is left over at its end does not matter.
 constexpr int64_t kWideColumns = 48;
@@ -88,19 +89,24 @@ struct Plan {
     return ahead<T>(next, x, y, channels, num_blocks);
   }
 
-  // Calls work(part, item, next) for all, each thread's share block after block.
+  // Calls work(part, item, next) for all, each thread's share block after block.  Shares take equally long:
+  // groups with larger kernels have fewer pieces in theirs.
   template <class Work>
   void for_each_of_blocks(const Work& work) const {
     const int64_t per_block = batch * stripes;
-    parallel_for(num_blocks * per_block, threads, [&](int part, int64_t begin, int64_t end) {
-      Item item = item_of_stripes(begin % per_block);
-      item.index = begin, item.block = &blocks[begin / per_block];
-      for (item.opens = true; item.index < end;) {
-        Item next = after(item);
-        if (next.b == batch) next.b = 0, ++next.block, next.opens = true;
-        item.closes = next.opens || next.index == end;
-        work(part, item, next);
-        item = next;
+    parallel_for(threads, threads, [&](int, int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part) {
+        const int64_t begin = share_begin(part), end = share_begin(part + 1);
+        if (begin == end) continue;
+        Item item = item_of_stripes(begin % per_block);
+        item.index = begin, item.block = &blocks[begin / per_block];
+        for (item.opens = true; item.index < end;) {
+          Item next = after(item);
+          if (next.b == batch) next.b = 0, ++next.block, next.opens = true;
+          item.closes = next.opens || next.index == end;
+          work(static_cast<int>(part), item, next);
+          item = next;
+        }
       }
     });
   }
@@ -118,6 +124,19 @@ struct Plan {
  private:
   // Whether rows of so many columns leave at most a quarter of their vectors empty.
   static bool fills_vectors(int64_t columns) { return 4 * columns >= 3 * Slab<A>::whole(columns); }
+
+  int64_t cost(const Block& block) const { return kMoveTaps + block.table(); }
+
+  // The first piece of work of a thread's share.
+  int64_t share_begin(int64_t part) const {
+    int64_t all = 0;
+    for (int64_t i = 0; i < num_blocks; ++i) all += cost(blocks[i]);
+    // of all pieces' time, so much is before it: in `threads`-ths of a block's piece
+    int64_t before = all * part, i = 0;
+    for (; i < num_blocks && before >= cost(blocks[i]) * threads; ++i) before -= cost(blocks[i]) * threads;
+    if (i == num_blocks) return num_blocks * batch * stripes;
+    return i * batch * stripes + batch * stripes * before / (cost(blocks[i]) * threads);
+  }
 
   void deal(int64_t g) {
     largest_kernel = std::max(largest_kernel, groups.kernel[g]);
