@@ -241,26 +241,47 @@ class Harness:
 
         Arguments and result are those of `compare`, with bytes for seconds.
         """
-        limits = (bars or {}).get(self.device.type, {})
-        _check_arguments(contenders, None, limits, ())
-        contenders = dict(contenders)
         if self._only_viops:
-            contenders, limits = {"viops": contenders["viops"]}, {}
-        self._warm_up(contenders, [inputs], ())
-        peaks = {
-            name: peak_bytes(lambda call=call: call(*inputs), self.device.type)
+            contenders, bars = {"viops": contenders["viops"]}, None
+        self._warm_up(dict(contenders), [inputs], ())
+        measures = {
+            name: lambda call=call: peak_bytes(lambda: call(*inputs), self.device.type)
             for name, call in contenders.items()
         }
-        self._benchmark.pedantic(contenders["viops"], args=inputs, rounds=1)
+        what = "the most that tensors held at once, beyond the inputs"
+        return self.compare_numbers(title, measures, what=what, unit="bytes", bars=bars)
+
+    def compare_numbers(
+        self,
+        title: str,
+        measures: Mapping[str, Callable[[], float]],
+        *,
+        what: str,
+        unit: str,
+        bars: Mapping[str, Mapping[str, Bar]] | None = None,
+        notes: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """Numbers that are no times, such as an error: by contender, what its function returns.
+
+        Arguments and result are otherwise those of `compare`, with `unit` ("bytes", or "" for plain
+        numbers) for seconds; `what` says what the numbers are.
+        """
+        limits = (bars or {}).get(self.device.type, {})
+        _check_arguments(measures, None, limits, ())
+        if self._only_viops:
+            measures, limits = {"viops": measures["viops"]}, {}
+        numbers = {name: measure() for name, measure in measures.items()}
+        self._benchmark.pedantic(measures["viops"], rounds=1)
         record: dict[str, Any] = {
             "op": self._op,
             "title": title,
-            "unit": "bytes",
+            "unit": unit,
+            "what": what,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "rounds": 1,
-            "contenders": {name: {"best": peak} for name, peak in peaks.items()},
-            "notes": {},
+            "contenders": {name: {"best": number} for name, number in numbers.items()},
+            "notes": dict(notes or {}),
         }
         record["ratios"] = _ratios(record)
         record["bars"] = [_judge(name, bar, record) for name, bar in limits.items()]

@@ -26,10 +26,25 @@ def format_bytes(count: float) -> str:
     return f"{count / 1e6:.3g} MB"
 
 
-def format_bar(bar: Mapping[str, Any]) -> str:
+def format_number(number: float) -> str:
+    """Three digits."""
+    return f"{number:.3g}"
+
+
+#: By the unit of a record: how its numbers are written, less of them in a word, and how many.
+_UNITS = {
+    "seconds": (format_seconds, "faster", "its time"),
+    "bytes": (format_bytes, "less", "its memory"),
+    "": (format_number, "less", "that"),
+}
+
+
+def format_bar(bar: Mapping[str, Any], unit: str = "seconds") -> str:
     """Such as "at most 1.4 x: met"."""
     words = "at most" if bar["relation"] == "<=" else "at least"
-    limit = format_seconds(bar["limit"]) if bar["against"] == "viops" else f"{bar['limit']:.3g} x"
+    limit = f"{bar['limit']:.3g} x"
+    if bar["against"] == "viops":
+        limit = _UNITS[unit][0](bar["limit"])
     return f"{words} {limit}: {'met' if bar['met'] else 'MISSED'}"
 
 
@@ -37,13 +52,11 @@ def format_record(record: Mapping[str, Any]) -> str:
     """The table of one bench."""
     bars = {bar["against"]: bar for bar in record["bars"]}
     on_gpu = record.get("device", "cpu") != "cpu"
-    of_bytes = record.get("unit") == "bytes"
-    formatted = format_bytes if of_bytes else format_seconds
-    fewer = "less" if of_bytes else "faster"
-    times_its = "its memory" if of_bytes else "its time"
+    unit = record.get("unit", "seconds")
+    formatted, fewer, times_its = _UNITS[unit]
     rows = [("", "best", "median", "" if on_gpu else "faults", "viops takes", "bar")]
     for name, row in times(record).items():
-        bar = format_bar(bars[name]) if name in bars else ""
+        bar = format_bar(bars[name], unit) if name in bars else ""
         if "error" in row:
             rows.append((name, "failed", "", "", "", bar))
             continue
@@ -70,8 +83,8 @@ def format_record(record: Mapping[str, Any]) -> str:
         cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  " + "  ".join(cells).rstrip())
     lines += [f"  {text}" for text in _floor_lines(record)]
-    if of_bytes:
-        lines.append("  the most that tensors held at once, beyond the inputs")
+    if "what" in record:
+        lines.append(f"  {record['what']}")
     elif on_gpu:
         lines.append(f"  {_words_on_calls(record)}")
     else:

@@ -5,7 +5,14 @@ import os
 import pathlib
 import signal
 
+import pytest
 import torch
+import torch._functorch.config
+
+# graphs of an op's backward are kept on disk by its forward: those of an older derivative
+torch._functorch.config.enable_autograd_cache = False
+
+pytest.register_assert_rewrite("model_checks")  # so that its failures show values, as tests' do
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a shell's background jobs are started so, and what tests start and interrupt would inherit it

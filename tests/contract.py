@@ -9,11 +9,12 @@ import functools
 import importlib
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 import viops
 from cuda_on_host import builds
@@ -176,6 +177,17 @@ def case_id(value: object) -> str | None:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return str(value) if isinstance(value, (Case, Backend)) else None
+
+
+def each_backend(rows: Sequence[Backend]) -> Any:
+    """A fixture: each of these in turn, on for the whole test; ``backend = each_backend(...)``."""
+
+    @pytest.fixture(params=rows, ids=case_id)
+    def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+        with request.param.enter():
+            yield request.param
+
+    return backend
 
 
 def main_cases(name: str = "deit") -> list[Case]:

@@ -12,8 +12,8 @@ from viops import catalog, dispatch
 from viops.catalog import FAMILIES, Family
 
 ROOT = Path(__file__).parent.parent
-#: Ops whose results are integers.
-NO_DERIVATIVE = ("quantize_dfp",)
+#: Ops whose results are integers, or that are derivatives themselves.
+NO_DERIVATIVE = ("quantize_dfp", "reversible_step_backward")
 
 
 def missing_places(family: Family, root: Path = ROOT) -> list[str]:

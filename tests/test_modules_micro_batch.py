@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import viops
-from contract import BACKENDS, Backend, case_id
+from contract import BACKENDS, Backend, each_backend
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -17,12 +17,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*without a kernel of its own:RuntimeWarning",
 )
 
-
-@pytest.fixture(params=BACKENDS, ids=case_id)
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each backend in turn, on for the whole test."""
-    with request.param.enter():
-        yield request.param
+backend = each_backend(BACKENDS)
 
 
 def filters_of(layer: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -7,10 +7,12 @@ import pickle
 import threading
 from collections.abc import Callable
 
+import changed_weights
 import pytest
 import torch
 import torch.nn.functional as F
 import viops
+from changed_weights import Negated, in_place
 from test_modules_micro_batch import by_hand, functional, make
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -144,94 +146,14 @@ def test_a_checkpoint_may_recompute_by_another_way(counted: Counting) -> None:
     torch.testing.assert_close(layer.weight.grad, want)
 
 
-class ThroughData(torch.optim.Optimizer):
-    """An optimizer as they were once written: what it does is unseen by the version counter."""
-
-    def __init__(self, parameters: object) -> None:
-        super().__init__(parameters, {})
-
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.data.mul_(0.5).add_(torch.randn_like(parameter))
-
-
-def sharded_step(layer: nn.Module) -> None:
-    """As fully sharded training does: a shard is stepped, and gathered into memory that was freed
-    and taken again, which leaves version and maybe address as they were."""
-    shard = nn.Parameter(layer.weight.detach().clone())
-    shard.grad = torch.randn_like(shard)
-    storage, size = layer.weight.untyped_storage(), layer.weight.untyped_storage().size()
-    torch.optim.SGD([shard], 0.1).step()
-    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(layer.weight):
-        storage.resize_(0)
-        storage.resize_(size)
-        layer.weight.copy_(shard)
-
-
-def in_place(layer: nn.Module) -> None:
-    with torch.no_grad():
-        layer.weight.add_(torch.randn_like(layer.weight))
-
-
-def in_inference_mode(layer: nn.Module) -> None:
-    with torch.inference_mode():
-        layer.weight.add_(torch.randn_like(layer.weight))
-
-
-def stepped(make: Callable) -> Callable[[nn.Module], None]:
-    def step(layer: nn.Module) -> None:
-        for parameter in layer.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        make(layer.parameters()).step()
-
-    return step
-
-
-def with_new_data(layer: nn.Module) -> None:
-    layer.weight.data = torch.randn_like(layer.weight)
-
-
-def with_turned_data(layer: nn.Module) -> None:
-    layer.weight.data = layer.weight.data.unflatten(0, (2, 3)).transpose(0, 1).flatten(0, 1)
-
-
-def with_new_parameter(layer: nn.Module) -> None:
-    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
-
-
-def loaded(**options: bool) -> Callable[[nn.Module], None]:
-    def load(layer: nn.Module) -> None:
-        state = {k: torch.randn_like(v) for k, v in layer.state_dict().items()}
-        layer.load_state_dict(state, **options)
-
-    return load
-
-
 CHANGES = {
-    "in place": in_place,
-    "in inference mode": in_inference_mode,
-    "sgd": stepped(lambda p: torch.optim.SGD(p, 0.1)),
-    "foreach adam": stepped(lambda p: torch.optim.Adam(p, 0.1, foreach=True)),
-    "fused adam": stepped(lambda p: torch.optim.Adam(p, 0.1, fused=True)),
-    "through data": stepped(ThroughData),
-    "sharded": sharded_step,
-    "new data": with_new_data,
-    "turned data": with_turned_data,
-    "new parameter": with_new_parameter,
-    "loaded": loaded(),
-    "assigned": loaded(assign=True),
+    **changed_weights.CHANGES,
     "gain": lambda layer: nn.init.normal_(layer.gain),
     "eps": lambda layer: setattr(layer, "eps", 0.5),
     "float32": lambda layer: layer.float(),
     "forget": lambda layer: (
         layer.weight.data.add_(torch.rand(1)[0] * layer.weight.data**2),
         layer.forget(),
-    ),
-    "init": lambda layer: nn.init.kaiming_normal_(layer.weight),
-    "vector": lambda layer: nn.utils.vector_to_parameters(
-        torch.randn(sum(p.numel() for p in layer.parameters()), dtype=torch.float64),
-        layer.parameters(),
     ),
 }
 
@@ -342,11 +264,6 @@ def test_parametrized_and_computed_weights() -> None:
     )
     layer(x).square().sum().backward()
     assert layer.parametrizations.weight.original.grad.norm() > 0
-
-
-class Negated(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return -weight
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import viops
-from contract import BACKENDS, Backend, case_id
+from contract import BACKENDS, Backend, case_id, each_backend
 from test_patch import VARIANTS
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, VisionTransformer
@@ -24,12 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*taken away by the test:Runtime
 
 DECAY = (-0.3, 0.0, -1.5, -40.0)
 
-
-@pytest.fixture(params=BACKENDS, ids=case_id)
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each backend in turn, on for the whole test."""
-    with request.param.enter():
-        yield request.param
+backend = each_backend(BACKENDS)
 
 
 def distances(num_prefix: int, height: int, width: int) -> Tensor:

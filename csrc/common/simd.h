@@ -62,7 +62,13 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
 typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes)));
 
-// The same conversions for one element (uint32_t) and for a vector (FloatBits): round to nearest even.
+// As many as a vector of doubles has lanes.
+typedef float FewFloats __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t FewFloatBits __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t FewHalfBits __attribute__((vector_size(kVectorBytes / 4)));
+
+// The same conversions for one element (uint32_t) and for a vector (FloatBits, FewFloatBits): round to
+// nearest even.
 
 template <class Bits>
 VIOPS_INLINE Bits float_bits_to_bfloat16(Bits bits) {
@@ -163,6 +169,34 @@ VIOPS_INLINE Vector<float> load<float>(const float16* from) {
 #endif
 }
 
+// Doubles, by way of floats.
+template <>
+VIOPS_INLINE Vector<double> load<double>(const float* from) {
+  FewFloats lanes;
+  std::memcpy(&lanes, from, sizeof(lanes));
+  return __builtin_convertvector(lanes, Vector<double>);
+}
+VIOPS_INLINE FewFloatBits load_few_half_bits(const void* from) {
+  FewHalfBits bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return __builtin_convertvector(bits, FewFloatBits);
+}
+template <>
+VIOPS_INLINE Vector<double> load<double>(const bfloat16* from) {
+  return __builtin_convertvector(bit_cast<FewFloats>(load_few_half_bits(from) << 16), Vector<double>);
+}
+template <>
+VIOPS_INLINE Vector<double> load<double>(const float16* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__F16C__)
+  return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  const FewFloatBits bits = load_few_half_bits(from);
+  return __builtin_convertvector(float16_bits_to_float<FewFloatBits, FewFloats>(bits), Vector<double>);
+#endif
+}
+
 template <class A, class T>
 VIOPS_INLINE void store(T* to, Vector<A> lanes) {
   for (int i = 0; i < kLanes<A>; ++i) to[i] = Narrow<T, A>::of(lanes[i]);
@@ -193,6 +227,35 @@ VIOPS_INLINE void store<float>(float16* to, Vector<float> lanes) {
 #endif
 }
 
+// Doubles, by way of floats.
+template <>
+VIOPS_INLINE void store<double>(float* to, Vector<double> lanes) {
+  const FewFloats floats = __builtin_convertvector(lanes, FewFloats);
+  std::memcpy(to, &floats, sizeof(floats));
+}
+VIOPS_INLINE void store_few_half_bits(void* to, FewFloatBits wide) {
+  const FewHalfBits bits = __builtin_convertvector(wide, FewHalfBits);
+  std::memcpy(to, &bits, sizeof(bits));
+}
+template <>
+VIOPS_INLINE void store<double>(bfloat16* to, Vector<double> lanes) {
+  const FewFloats floats = __builtin_convertvector(lanes, FewFloats);
+  store_few_half_bits(to, float_bits_to_bfloat16(bit_cast<FewFloatBits>(floats)));
+}
+template <>
+VIOPS_INLINE void store<double>(float16* to, Vector<double> lanes) {
+#if defined(__AVX512F__)
+  const __m128i bits = _mm256_cvtps_ph(_mm512_cvtpd_ps(lanes), _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bits);
+#elif defined(__F16C__)
+  const __m128i bits = _mm_cvtps_ph(_mm256_cvtpd_ps(lanes), _MM_FROUND_TO_NEAREST_INT);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), bits);
+#else
+  const FewFloats floats = __builtin_convertvector(lanes, FewFloats);
+  store_few_half_bits(to, float_bits_to_float16<FewFloatBits, FewFloats>(bit_cast<FewFloatBits>(floats)));
+#endif
+}
+
 // --- the first `count` lanes, 0 <= count <= kLanes: no memory beyond them is touched
 
 // Zeros are loaded for the others.
@@ -201,13 +264,23 @@ VIOPS_INLINE Vector<A> load_part(const T* from, int64_t count) {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
   const uint32_t mask = (1u << count) - 1;
   if constexpr (sizeof(T) == 8) return bit_cast<Vector<A>>(_mm512_maskz_loadu_epi64(mask, from));
-  if constexpr (sizeof(T) == 4) return bit_cast<Vector<A>>(_mm512_maskz_loadu_epi32(mask, from));
-  if constexpr (sizeof(T) == 2) {
-    T lanes[kLanes<A>];
+  if constexpr (sizeof(T) == 4 && sizeof(A) == 4) {
+    return bit_cast<Vector<A>>(_mm512_maskz_loadu_epi32(mask, from));
+  }
+  T lanes[kLanes<A>];
+  if constexpr (sizeof(T) == 4 && sizeof(A) == 8) {
+    const __m256i bits = _mm256_maskz_loadu_epi32(static_cast<__mmask8>(mask), from);
+    std::memcpy(lanes, &bits, sizeof(lanes));
+  }
+  if constexpr (sizeof(T) == 2 && sizeof(A) == 4) {
     const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from);
     std::memcpy(lanes, &bits, sizeof(lanes));
-    return load<A>(lanes);
   }
+  if constexpr (sizeof(T) == 2 && sizeof(A) == 8) {
+    const __m128i bits = _mm_maskz_loadu_epi16(static_cast<__mmask8>(mask), from);
+    std::memcpy(lanes, &bits, sizeof(lanes));
+  }
+  return load<A>(lanes);
 #else
   if (count == kLanes<A>) return load<A>(from);
   T lanes[kLanes<A>] = {};
@@ -221,13 +294,25 @@ VIOPS_INLINE void store_part(T* to, Vector<A> values, int64_t count) {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
   const uint32_t mask = (1u << count) - 1;
   if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_epi64(to, mask, bit_cast<__m512i>(values));
-  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_epi32(to, mask, bit_cast<__m512i>(values));
-  if constexpr (sizeof(T) == 2) {
-    T lanes[kLanes<A>];
-    store<A>(lanes, values);
+  if constexpr (sizeof(T) == 4 && sizeof(A) == 4) {
+    return _mm512_mask_storeu_epi32(to, mask, bit_cast<__m512i>(values));
+  }
+  T lanes[kLanes<A>];
+  store<A>(lanes, values);
+  if constexpr (sizeof(T) == 4 && sizeof(A) == 8) {
+    __m256i bits;
+    std::memcpy(&bits, lanes, sizeof(bits));
+    return _mm256_mask_storeu_epi32(to, static_cast<__mmask8>(mask), bits);
+  }
+  if constexpr (sizeof(T) == 2 && sizeof(A) == 4) {
     __m256i bits;
     std::memcpy(&bits, lanes, sizeof(bits));
     return _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(mask), bits);
+  }
+  if constexpr (sizeof(T) == 2 && sizeof(A) == 8) {
+    __m128i bits;
+    std::memcpy(&bits, lanes, sizeof(bits));
+    return _mm_mask_storeu_epi16(to, static_cast<__mmask8>(mask), bits);
   }
 #else
   if (count == kLanes<A>) return store<A>(to, values);

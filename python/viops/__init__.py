@@ -16,6 +16,7 @@ from .ops.batch_channel_norm import batch_channel_norm
 from .ops.decayed_attention import decayed_attention
 from .ops.integer_conv import DfpTensor, integer_conv2d, integer_linear, quantize_dfp
 from .ops.mix_shift import depthwise_norm, mix_shift
+from .ops.reversible_columns import reversible_step, reversible_step_backward
 from .ops.token_reorganization import (
     class_attention,
     class_attention_scores,
@@ -49,6 +50,8 @@ __all__ = [
     "quantize_dfp",
     "reorganize_tokens",
     "restore_tokens",
+    "reversible_step",
+    "reversible_step_backward",
     "softmax_attention",
     "standardize_weight",
     "standardize_weights",

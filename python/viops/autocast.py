@@ -1,4 +1,4 @@
-"""What autocast does to the inputs of attention, and references that it leaves alone."""
+"""What autocast does to the inputs of ops, and references that it leaves alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def cast_as_attention(x: Tensor) -> Tensor:
-    """x as torch's scaled_dot_product_attention casts it."""
+def to_autocast_dtype(x: Tensor) -> Tensor:
+    """x in the dtype of autocast where that is on, as torch's conv2d and attention cast theirs.
+
+    float64, integers and what is no tensor are left as they are.
+    """
     if not torch._C._is_any_autocast_enabled() or not isinstance(x, Tensor):
         return x
     device = x.device.type

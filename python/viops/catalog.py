@@ -76,6 +76,17 @@ FAMILIES = (
         },
     ),
     Family(
+        name="reversible_columns",
+        paper="RevCol: Cai et al., ICLR 2023, arXiv:2212.11696, section 3.1",
+        ops={
+            name: {
+                "cuda": "it is written in Triton",
+                "torch": _NO_SUCH_OP,
+            }
+            for name in ("reversible_step", "reversible_step_backward")
+        },
+    ),
+    Family(
         name="weight_standardization",
         paper="Weight Standardization: Qiao et al., arXiv:1903.10520, section 3",
         ops={

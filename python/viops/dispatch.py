@@ -374,6 +374,8 @@ class Op:
             fake, backward_fake: the same without data.
             setup, backward: what torch.autograd.Function calls setup_context and backward;
                 `backward` calls `run_backward`.  None, all four of them: it has no derivative.
+                None, the schema and the fake alone: the backward is an op with functions of its
+                own, which stands registered.
             vmap: "fold" where all tensors lead with the batch, so that a mapped axis can join it;
                 "loop" calls the op for each entry of a mapped axis.
         """
@@ -386,7 +388,7 @@ class Op:
 
         self.has_derivative = backward is not None
         parts: list[tuple] = [(name, schema, self._forward, checked_fake)]
-        if self.has_derivative:
+        if self.has_derivative and backward_schema is not None:
             parts.append((f"{name}_backward", backward_schema, self._backward, backward_fake))
         for op, full_schema, kernel, op_fake in parts:
             library.define(op + full_schema)

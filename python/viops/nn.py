@@ -10,6 +10,7 @@ from .ops.batch_channel_norm.module import (
 from .ops.decayed_attention.module import ManhattanSelfAttention, RelativePosition2d
 from .ops.integer_conv.module import Int16Conv2d, Int16Linear
 from .ops.mix_shift.module import ConvNeXtBlock, MixShiftBlock
+from .ops.reversible_columns.module import ReversibleBlocks, ReversibleColumn, ReversibleColumns
 from .ops.token_reorganization.module import ClassAttention, TokenReorganization
 from .ops.weight_standardization.module import (
     WSConv1d,
@@ -32,6 +33,9 @@ __all__ = [
     "ManhattanSelfAttention",
     "MixShiftBlock",
     "RelativePosition2d",
+    "ReversibleBlocks",
+    "ReversibleColumn",
+    "ReversibleColumns",
     "SyncBatchChannelNorm",
     "TokenReorganization",
     "WSConv1d",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import viops
-from contract import ALL_BACKENDS, Backend, case_id, has
+from contract import ALL_BACKENDS, Backend, case_id, each_backend, has
 from tolerances import TOLERANCES, assert_matches
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -26,12 +26,7 @@ ON_CPU = [
     if backend.device == "cpu" and has(backend, "batch_channel_norm")
 ]
 
-
-@pytest.fixture(params=ON_CPU, ids=case_id)
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each backend in turn, on for the whole test."""
-    with request.param.enter():
-        yield request.param
+backend = each_backend(ON_CPU)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

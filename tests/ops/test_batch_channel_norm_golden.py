@@ -3,26 +3,19 @@ batch_channel_norm_golden.py says what the file holds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import batch_channel_norm_golden as official
 import pytest
 import torch
 import torchvision
 import viops
-from contract import BACKENDS, Backend, case_id
+from contract import BACKENDS, Backend, each_backend
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*taken away by the test:RuntimeWarning")
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
-
-@pytest.fixture(params=BACKENDS, ids=case_id)
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each backend in turn, on for the whole test."""
-    with request.param.enter():
-        yield request.param
+backend = each_backend(BACKENDS)
 
 
 @pytest.fixture(scope="module")

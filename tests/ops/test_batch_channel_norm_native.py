@@ -13,9 +13,10 @@ import pytest
 import torch
 import viops
 from contract import DTYPES, case_id
+from extension_calls import call
+from poison import all_moved, amid, surroundings
 from tolerances import assert_matches
 from torch import Tensor
-from viops import native
 from viops.cases import Draw
 from viops.ops.batch_channel_norm import cases, reference
 
@@ -29,20 +30,6 @@ EACH_BACKEND = pytest.mark.parametrize("backend", [*ON_CPU, *CUDA], ids=case_id)
 FORWARD, BACKWARD = "batch_channel_norm_forward", "batch_channel_norm_backward"
 EACH = pytest.mark.parametrize("name", [FORWARD, BACKWARD])
 LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "channels_last"])
-MARGIN = 67
-
-
-def amid(tensor: Tensor) -> Tensor:
-    """The tensor, strides included, amid elements of NaN and not at the start of a vector."""
-    storage = tensor.new_full((tensor.numel() + 2 * MARGIN,), float("nan"))
-    return storage.as_strided(tensor.shape, tensor.stride(), MARGIN).copy_(tensor)
-
-
-def surroundings(tensor: Tensor) -> Tensor:
-    """What lies before and after a tensor made by `amid`."""
-    storage = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    storage.set_(tensor.untyped_storage())
-    return torch.cat([storage[:MARGIN], storage[-MARGIN:]])
 
 
 def laid_out(x: Tensor, channels_last: bool) -> Tensor:
@@ -160,25 +147,9 @@ def arguments_of(
     return {**inputs, **blank_outputs(name, inputs), "scratch": scratch_of(x)}
 
 
-def on_device(arguments: dict, device: str) -> dict:
-    """The arguments with all memory of their tensors on the device, surroundings included."""
-
-    def move(tensor: Tensor) -> Tensor:
-        if device == "cpu":
-            return tensor
-        storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(device)
-        return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-    return {k: move(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-
-
-def call(name: str, arguments: dict) -> None:
-    getattr(native.require(), name)(*arguments.values())
-
-
 def run(name: str, arguments: dict, backend: contract.Backend) -> dict[str, Tensor | None]:
     """What a call writes."""
-    arguments = on_device(arguments, backend.device)
+    arguments = all_moved(arguments, backend.device)
     with backend.enter():
         call(name, arguments)
     keys = OUTPUTS if name == FORWARD else GRADIENTS

@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 from contract import case_id
+from extension_calls import call, check_refusal
 from ops.test_batch_channel_norm_native import (
     BACKWARD,
     CONSTANTS,
@@ -21,21 +22,17 @@ from ops.test_batch_channel_norm_native import (
     G,
     S,
     arguments_of,
-    call,
     laid_out,
-    on_device,
     run,
 )
+from poison import all_moved
 from torch import Tensor
 
 
 def refuses(
     name: str, changes: dict, errors: type | tuple = (ValueError, TypeError), mode: int = OF_BATCH
 ) -> None:
-    arguments = arguments_of(name, mode=mode)
-    # a good tensor may be blamed for not fitting the bad one; the message names one of them
-    with pytest.raises(errors, match=rf"^({'|'.join(arguments)}): \S"):
-        call(name, {**arguments, **changes})
+    check_refusal(name, arguments_of(name, mode=mode), changes, errors)
 
 
 TENSORS = [
@@ -134,7 +131,7 @@ def test_scratch_is_needed_and_checked_on_cuda(backend: contract.Backend, name: 
     good = arguments_of(name)["scratch"]
     halved = good.new_zeros(*good.shape, 2)[..., 0]
     for bad in (None, good[:2], good[:, :1], good[..., :-1], good[0], good.double(), halved):
-        arguments = on_device({**arguments_of(name), "scratch": bad}, backend.device)
+        arguments = all_moved({**arguments_of(name), "scratch": bad}, backend.device)
         with backend.enter(), pytest.raises((ValueError, TypeError), match=r"^scratch: \S"):
             call(name, arguments)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 import viops
-from contract import BACKENDS, Backend, Recorder, case_id
+from contract import BACKENDS, Backend, Recorder, case_id, each_backend
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from viops.cases import Draw
@@ -20,12 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*taken away by the test:Runtime
 
 AXIAL = pytest.mark.parametrize("axial", [False, True], ids=["whole", "axial"])
 
-
-@pytest.fixture(params=BACKENDS, ids=case_id)
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each backend in turn, on for the whole test."""
-    with request.param.enter():
-        yield request.param
+backend = each_backend(BACKENDS)
 
 
 @pytest.fixture

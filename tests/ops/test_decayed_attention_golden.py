@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import rmt_golden
 import torch
 import viops
-from contract import BACKENDS, Backend, case_id
+from contract import BACKENDS, Backend, each_backend
 from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*taken away by the test:RuntimeWarning")
@@ -16,12 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*taken away by the test:Runtime
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 FORMS = pytest.mark.parametrize("form", ["whole", "chunk"])
 
-
-@pytest.fixture(params=BACKENDS, ids=case_id)
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each backend in turn, on for the whole test."""
-    with request.param.enter():
-        yield request.param
+backend = each_backend(BACKENDS)
 
 
 @pytest.fixture(scope="module")

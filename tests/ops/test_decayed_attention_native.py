@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contract
-import numpy
 import pytest
 import torch
 from contract import DTYPES, case_id
+from extension_calls import EACH_NO_TENSOR, call, check_counts, check_refusal
+from poison import amid, surroundings
 from tolerances import assert_matches, coarser
 from torch import Tensor
 from viops import native
@@ -19,18 +20,6 @@ LEVELS = [row for row in contract.BACKENDS if row.backend == "cpu"]
 FORWARD, BACKWARD = "decayed_attention_forward", "decayed_attention_backward"
 EACH = pytest.mark.parametrize("name", [FORWARD, BACKWARD])
 BOTH = pytest.mark.parametrize("axial", [False, True])
-
-
-def amid(tensor: Tensor, margin: int = 67) -> Tensor:
-    """The tensor amid elements of the value that it is full of."""
-    storage = tensor.flatten()[:1].repeat(tensor.numel() + 2 * margin)
-    return storage[margin : margin + tensor.numel()].view(tensor.shape)
-
-
-def surroundings(tensor: Tensor, margin: int = 67) -> Tensor:
-    """What lies before and after a tensor made by `amid`."""
-    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-    return torch.cat([storage[:margin], storage[-margin:]])
 
 
 def outputs_of(name: str, dtype: torch.dtype, axial: bool) -> dict[str, Tensor | None]:
@@ -88,10 +77,6 @@ def expected_of(name: str, a: dict) -> tuple[Tensor, ...]:
     return reference.decayed_attention_backward(a["grad_out"], *inputs, *results, *split, True)
 
 
-def call(name: str, arguments: dict) -> None:
-    getattr(native.require(), name)(*arguments.values())
-
-
 def check_outputs(name: str, dtype: torch.dtype, arguments: dict, taken: dict) -> None:
     """What a call has written into `arguments`, against the reference on what it has `taken`."""
     keys = [key for key in outputs_of(name, dtype, taken["axial"]) if arguments[key] is not None]
@@ -132,28 +117,16 @@ TENSORS = [
 ]
 
 
-class NoCapsule:
-    def __dlpack__(self) -> int:
-        return 7
-
-
 def refuses(
     name: str,
     changes: dict,
     errors: type | tuple = (ValueError, TypeError),
     axial: bool = True,
 ) -> None:
-    arguments = arguments_of(name, axial=axial)
-    # a good tensor may be blamed for not fitting the bad one; the message names one of them
-    with pytest.raises(errors, match=rf"^({'|'.join(arguments)}): \S"):
-        call(name, {**arguments, **changes})
+    check_refusal(name, arguments_of(name, axial=axial), changes, errors)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [1.5, "text", [1.0], object(), NoCapsule(), numpy.float32(1), torch.float32],
-    ids=lambda value: type(value).__name__,
-)
+@EACH_NO_TENSOR
 @pytest.mark.parametrize(("name", "key"), TENSORS)
 def test_what_is_no_tensor_is_refused(name: str, key: str, value: object) -> None:
     refuses(name, {key: value}, TypeError)
@@ -240,10 +213,7 @@ def test_what_is_taken_as_contiguous_must_be(name: str, key: str) -> None:
 
 @EACH
 def test_too_few_or_too_many_arguments(name: str) -> None:
-    values = list(arguments_of(name).values())
-    for bad in (values[:-1], [*values, 1], []):
-        with pytest.raises(TypeError):
-            getattr(native.require(), name)(*bad)
+    check_counts(name, arguments_of(name))
 
 
 @BOTH

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import functools
 from pathlib import Path
 
 import pytest
 import torch
+import triton_compiled
 import viops
 from tolerances import assert_matches
+from triton_compiled import run_python
 from viops import dispatch, triton_runtime
 from viops.cases import Draw
 from viops.ops.decayed_attention import cases, reference
@@ -27,21 +27,6 @@ interpreted = pytest.mark.skipif(
 @pytest.fixture
 def draw() -> Draw:
     return Draw(torch.float32)
-
-
-def run_python(code: str, **environment: str) -> str:
-    """What a Python process of its own prints, with Triton's interpreter off unless asked for."""
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**inherited, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def results(inputs: tuple, backend: str, **options: object) -> list[torch.Tensor]:
@@ -198,32 +183,9 @@ def test_backward_is_guarded(
 
 # The kernels compiled for a GPU that need not be there.
 
-COMPILED = """
-import re, subprocess, tempfile
-from pathlib import Path
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from viops.cases import Draw
+DEFINITIONS = """
 from viops.ops.decayed_attention import cases, op, triton_blocks, triton_kernels, triton_lines
-
-class Driver:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", {capability}, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-driver.set_active(Driver())
-compiled = []
-kernels = [
-    value
-    for module in (triton_blocks, triton_lines)
-    for name, value in vars(module).items()
-    if name.endswith("_kernel")
-]
-for kernel in kernels:
-    def compile_only(*args, run=kernel.run, warmup, **options):
-        compiled.append(run(*args, warmup=True, **options))
-    kernel.run = compile_only
+modules = [triton_blocks, triton_lines]
 
 def call(dtype, axial, shape, head_dim, value_dim=None):
     compiled.clear()
@@ -239,18 +201,8 @@ def call(dtype, axial, shape, head_dim, value_dim=None):
     results = op._triton_forward(*args, axial, 0.25)
     op._triton_backward(results[0], *args, *results, axial, 0.25, True)
     return list(compiled)
-
-def variants():
-    return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
-
-{body}
 """
-
-
-def run_compiled(body: str, cache: Path, capability: int = 90) -> str:
-    """Runs `body` with kernels that are compiled and not launched."""
-    code = COMPILED.format(body=body, capability=capability)
-    return run_python(code, TRITON_CACHE_DIR=str(cache))
+run_compiled = functools.partial(triton_compiled.run_compiled, DEFINITIONS)
 
 
 def test_a_new_batch_or_grid_compiles_nothing(tmp_path: Path) -> None:

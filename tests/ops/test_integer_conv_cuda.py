@@ -5,30 +5,25 @@ On a GPU where there is one, else executed on the CPU by tests/cuda_on_host.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from types import ModuleType
 from typing import NamedTuple
 
+import poison
 import pytest
 import torch
 import viops
 from cuda_on_host import builds
+from cuda_on_host.here import DEVICE, ON_GPU, extension
+from poison import surroundings
 from torch import Tensor
 from viops import dispatch, native
 from viops.ops.integer_conv import kernels, reference
 from viops.ops.integer_conv.reference import ROUNDINGS
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 ORDERS = [("forward", 0), ("reverse", 0), ("random", 1)]
 if ON_GPU or builds.kind_here() != "plain":
     ORDERS = [("random", 2)]
-MARGIN = 67
-
-
-def extension() -> ModuleType:
-    """What has the kernels."""
-    return native.require() if ON_GPU else builds.extension()
 
 
 @pytest.fixture(params=ORDERS, ids=lambda order: order[0])
@@ -239,17 +234,7 @@ def test_no_images() -> None:
     assert torch.equal(grads[1].cpu(), torch.zeros(shape.w))
 
 
-def amid(tensor: Tensor, fill: float) -> Tensor:
-    """The tensor, strides included, on the device: amid others and not at a vector's start."""
-    storage = tensor.new_full((tensor.numel() + 2 * MARGIN,), fill, device=DEVICE)
-    return storage.as_strided(tensor.shape, tensor.stride(), MARGIN).copy_(tensor)
-
-
-def surroundings(tensor: Tensor) -> Tensor:
-    """What lies before and after a tensor made by `amid`."""
-    storage = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    storage.set_(tensor.untyped_storage())
-    return torch.cat([storage[:MARGIN], storage[-MARGIN:]]).cpu()
+amid = functools.partial(poison.amid, device=DEVICE)
 
 
 def arguments_of(name: str) -> dict[str, object]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import viops
+from changed_weights import Negated
 from tolerances import assert_matches
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -194,11 +195,6 @@ def test_deepcopy_of_a_model_keeps_tied_weights_tied() -> None:
     assert copied[0].weight is copied[1].weight
     assert copied[0].weight is not first.weight
     assert torch.equal(copied[0](x), first(x))
-
-
-class Negated(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return -weight
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -1,18 +1,17 @@
-"""Mix-shift and depthwise_norm beyond the contract: what they equal, and what is left out."""
+"""Mix-shift beyond the contract: what it equals, layouts, dtypes, and what it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 import viops
-from contract import ALL_BACKENDS, DTYPES, Backend, case_id
+from contract import ALL_BACKENDS, DTYPES, Backend, case_id, each_backend
 from tolerances import assert_matches, coarser
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from viops import native
 from viops.cases import axes_swapped, every_second
 from viops.ops.mix_shift import reference
@@ -22,12 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*taken away by the test:Runtime
 #: But not the CUDA kernels on the CPU, which take too long.
 ON_CPU = [row for row in ALL_BACKENDS if row.backend in ("cpu", "reference")]
 
-
-@pytest.fixture(params=ON_CPU, ids=case_id)
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each backend in turn, on for the whole test."""
-    with request.param.enter():
-        yield request.param
+backend = each_backend(ON_CPU)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -223,14 +217,6 @@ def test_layout_where_both_are_the_same(backend: Backend, shape: tuple[int, ...]
         assert y.permute(0, 2, 3, 1).is_contiguous()
 
 
-def test_depthwise_norm_gives_channels_last(backend: Backend) -> None:
-    weight, *vectors = normal(6, 1, 3, 3), *(normal(6, seed=i) for i in range(3))
-    for change in LAYOUTS.values():
-        y = viops.depthwise_norm(change(normal(2, 6, 5, 7)), weight, *vectors)
-        assert y.permute(0, 2, 3, 1).is_contiguous()
-        assert y.stride() == strides((2, 6, 5, 7), torch.channels_last)
-
-
 # dtypes
 
 
@@ -253,17 +239,6 @@ def test_autocast(backend: Backend) -> None:
         grads, gradients(viops.mix_shift(x.bfloat16(), *values), leaves), strict=True
     ):
         assert torch.equal(grad, want)
-
-
-def test_autocast_of_depthwise_norm(backend: Backend) -> None:
-    x = normal(2, 6, 5, 7, dtype=torch.float32)
-    weight, vectors = normal(6, 1, 3, 3, seed=1).float(), [normal(6, seed=i) for i in range(3)]
-    with torch.autocast("cpu", torch.bfloat16):
-        y = viops.depthwise_norm(x, weight, *vectors)
-        wide = viops.depthwise_norm(x.double(), weight, *vectors)
-    assert y.dtype is torch.bfloat16
-    assert wide.dtype is torch.float64  # which autocast leaves alone
-    assert torch.equal(y, viops.depthwise_norm(x.bfloat16(), weight, *vectors))
 
 
 @pytest.mark.parametrize("of_parameters", DTYPES, ids=case_id)
@@ -310,76 +285,6 @@ def test_biases_that_are_none(backend: Backend) -> None:
         assert_matches("y", viops.mix_shift(x, *none), expected)
 
 
-# gradients only where they are asked for
-
-
-class Calls:
-    """The extension, whose functions of mix-shift note that they were called."""
-
-    def __init__(self) -> None:
-        self.extension = native.require()
-        self.names: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(self.extension, name)
-        if not name.startswith("mix_shift_"):
-            return function
-
-        def noted(*args: object, **kwargs: object) -> object:
-            self.names.append(name.removeprefix("mix_shift_"))
-            return function(*args, **kwargs)
-
-        return noted
-
-
-@pytest.mark.parametrize("normed", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize(
-    ("asked", "expected"),
-    [
-        ("", set()),
-        ("x", {"input_gradient"}),
-        ("weight_lr", {"weight_gradient"}),
-        ("weight_td", {"weight_gradient"}),
-        ("bias_td", {"weight_gradient"}),
-        ("x bias_lr", {"input_gradient", "weight_gradient"}),
-        ("norm_weight", set()),
-        ("norm_bias", set()),
-        ("x norm_bias", {"input_gradient"}),
-    ],
-)
-@pytest.mark.skipif(native.extension is None, reason="there is no extension")
-def test_kernels_run_where_a_gradient_is_asked(
-    monkeypatch: pytest.MonkeyPatch, asked: str, expected: set[str], normed: bool
-) -> None:
-    if "norm" in asked and not normed:
-        pytest.skip("there is none")
-    x, values = normal(2, 6, 5, 7), parameters(6, (3, 5), (1, -1))
-    norm = {"norm_weight": normal(6, seed=1), "norm_bias": normal(6, seed=2)} if normed else {}
-    named = {
-        "x": x,
-        "weight_lr": values.weights_lr[1],
-        "bias_lr": values.biases_lr[0],
-        "weight_td": values.weights_td[0],
-        "bias_td": values.biases_td[1],
-        **norm,
-    }
-    leaves = [named[name].requires_grad_() for name in asked.split()]
-    calls = Calls()
-    monkeypatch.setattr(native, "extension", calls)
-    y = viops.mix_shift(x, *values, **norm)
-    assert calls.names == ["forward"]
-    assert y.requires_grad == bool(leaves)
-    calls.names.clear()
-    if leaves:
-        y.sum().backward()
-        once = sorted(expected | ({"norm_backward"} if normed else set()))
-        assert sorted(calls.names) == once
-        assert all(leaf.grad is not None for leaf in leaves)
-        asked_for = set(map(id, leaves))
-        for tensor in (x, *values.tensors(), *norm.values()):
-            assert (tensor.grad is not None) == (id(tensor) in asked_for)
-
-
 # values
 
 
@@ -424,57 +329,7 @@ def test_the_norm_is_the_layer_norm_of_what_comes_without(
         torch.testing.assert_close(grad, want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kernel", [1, 3, 5, 7, 9])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_depthwise_norm_is_conv2d_and_layer_norm(
-    backend: Backend, layout: str, kernel: int
-) -> None:
-    x = LAYOUTS[layout](normal(2, 11, 9, 8)).requires_grad_()
-    weight = (normal(11, 1, kernel, kernel, seed=1) / kernel).requires_grad_()
-    for bias, norm_bias in [(3, 4), (None, 4), (3, None), (None, None)]:
-        bias, norm_weight, norm_bias = (
-            None if seed is None else normal(11, seed=seed).requires_grad_()
-            for seed in (bias, 2, norm_bias)
-        )
-        y = viops.depthwise_norm(x, weight, bias, norm_weight, norm_bias, 1e-3)
-        u = F.conv2d(x, weight, bias, padding=kernel // 2, groups=11).permute(0, 2, 3, 1)
-        expected = F.layer_norm(u, (11,), norm_weight, norm_bias, 1e-3).permute(0, 3, 1, 2)
-        torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
-        leaves = [leaf for leaf in (x, weight, bias, norm_weight, norm_bias) if leaf is not None]
-        for grad, want in zip(gradients(y, leaves), gradients(expected, leaves), strict=True):
-            torch.testing.assert_close(grad, want, rtol=1e-10, atol=1e-10)
-
-
-# torch's counters, and what the op takes
-
-
-def flops(function: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[int, int]:
-    """Of forward alone, and of its backward."""
-    with FlopCounterMode(display=False) as counter:
-        y = function()
-    forward = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
-        torch.autograd.grad(y.sum(), leaves)
-    return forward, counter.get_total_flops()
-
-
-@pytest.mark.skipif(native.extension is None, reason="there is no extension")
-def test_flops_are_of_both_directions() -> None:
-    x, values = normal(2, 19, 6, 7), parameters(19, (1, 3, 3, 5, 7), (-2, -1, 0, 1, 2))
-    norm = {"norm_weight": normal(19), "norm_bias": normal(19)}
-    values.require_grad()
-    taps = 2 * (4 * (1 + 9 + 9 + 25) + 3 * 49)
-    one = 2 * taps * 2 * 6 * 7
-    leaves = values.tensors()
-    assert flops(lambda: official(x, values), leaves)[0] == one
-    assert flops(lambda: viops.mix_shift(x, *values), leaves) == (one, one)
-    assert flops(lambda: viops.mix_shift(x, *values, **norm), leaves) == (one, 2 * one)
-    x.requires_grad_()
-    assert flops(lambda: viops.mix_shift(x, *values), [x, *leaves]) == (one, 2 * one)
-    assert flops(lambda: viops.mix_shift(x, *values, **norm), [x, *leaves]) == (one, 3 * one)
-    weight = normal(19, 1, 5, 5).requires_grad_()
-    depthwise = flops(lambda: viops.depthwise_norm(x, weight, None, *norm.values()), [x, weight])
-    assert depthwise == (one_of := 2 * 19 * 25 * 2 * 6 * 7, 3 * one_of)
+# what the op takes
 
 
 def test_sequences_of_other_types(backend: Backend) -> None:

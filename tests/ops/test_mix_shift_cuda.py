@@ -6,24 +6,19 @@ On a GPU where there is one, else executed on the CPU by tests/cuda_on_host.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import NamedTuple
 
 import contract
 import pytest
 import torch
-from cuda_on_host import builds
+from cuda_on_host.here import DEVICE, ON_GPU, ON_HOST, extension
+from mix_shift_inputs import Inputs, draw_inputs
+from poison import poisoned, surroundings
 from tolerances import assert_matches
 from torch import Tensor
-from viops import native
-from viops.cases import Draw, every_second
+from viops.cases import every_second
 from viops.ops.mix_shift import reference
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-ON_HOST = pytest.mark.skipif(ON_GPU, reason="the device, not the executor, runs the kernels here")
 EPS = 1e-5
-MARGIN = 67
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "planes": lambda x: x,
@@ -35,40 +30,6 @@ BOTH_LAYOUTS = pytest.mark.parametrize("layout", ["planes", "channels_last"])
 EACH_NORM = pytest.mark.parametrize("normed", [False, True], ids=["plain", "norm"])
 
 
-def extension() -> ModuleType:
-    """What has the kernels."""
-    return native.require() if ON_GPU else builds.extension()
-
-
-class Inputs(NamedTuple):
-    """Of all four functions; grad is of y."""
-
-    x: Tensor
-    grad: Tensor
-    weight_lr: Tensor
-    weight_td: Tensor | None
-    bias: Tensor | None
-    kernels: list[int]
-    shifts: list[int]
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-
-    def wide(self) -> Inputs:
-        """In float64."""
-        return Inputs(*(v.double() if isinstance(v, Tensor) else v for v in self))
-
-    def on_device(self) -> Inputs:
-        """The same strides on the device."""
-        return Inputs(*(_moved(v) if isinstance(v, Tensor) else v for v in self))
-
-
-def _moved(tensor: Tensor) -> Tensor:
-    if DEVICE == "cpu":
-        return tensor
-    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(DEVICE)
-    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-
 def make_inputs(
     shape: Sequence[int],
     kernels: Sequence[int],
@@ -78,45 +39,13 @@ def make_inputs(
     normed: bool = False,
     one_direction: bool = False,
 ) -> Inputs:
-    """Such that results are about 1."""
-    draw, small = Draw(dtype, seed=1), Draw(reference.accumulation_dtype(dtype), seed=2)
-    channels = shape[1]
-    sizes = [part.shape[0] for part in torch.zeros(channels).chunk(len(kernels))]
-
-    def weights() -> Tensor:
-        each = zip(sizes, kernels, strict=True)
-        return torch.cat([small.normal(n * k * k) / k for n, k in each])
-
-    return Inputs(
-        LAYOUTS[layout](draw.normal(*shape)),
-        LAYOUTS[layout](draw.normal(*shape)),
-        weights(),
-        None if one_direction else weights(),
-        None if one_direction else small.normal(channels),
-        list(kernels),
-        list(shifts),
-        small.normal(channels).abs() + 0.5 if normed else None,
-        small.normal(channels) if normed else None,
-    )
-
-
-def poisoned(like: Tensor) -> Tensor:
-    """As an output, amid more NaN: of the same strides where `like` is dense."""
-    size = like.numel()
-    storage = torch.full((size + 2 * MARGIN,), torch.nan, dtype=like.dtype, device=DEVICE)
-    return storage.as_strided(like.shape, like.stride(), MARGIN)
-
-
-def surroundings(tensor: Tensor) -> Tensor:
-    """What lies before and after a tensor of `poisoned`."""
-    storage = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    storage.set_(tensor.untyped_storage())
-    return torch.cat([storage[:MARGIN], storage[MARGIN + tensor.numel() :]])
+    laid_out = LAYOUTS[layout]
+    return draw_inputs(shape, kernels, shifts, laid_out, dtype, one_direction, normed, normed)
 
 
 def run(inputs: Inputs, pieces: int = 3) -> dict[str, Tensor]:
     """All outputs of the kernels, by name."""
-    given = inputs.on_device()
+    given = inputs.on(DEVICE)
     x, grad, weight_lr, weight_td, bias, kernels, shifts, norm_weight, norm_bias = given
     normed, weights = norm_weight is not None, (weight_lr, weight_td, bias)
     outputs = {
@@ -158,7 +87,15 @@ def truth(inputs: Inputs) -> dict[str, Tensor]:
     with contract.num_threads(1):  # of so small work more would only wait for each other
         y = reference.mix_shift_forward(x, *weights, *groups, norm_weight, norm_bias, EPS)
         grads = reference.mix_shift_backward(
-            grad, x, *weights, *groups, norm_weight, EPS, need_x=True, need_weights=True
+            grad,
+            x,
+            *weights,
+            *groups,
+            norm_weight,
+            EPS,
+            need_x=True,
+            need_weights=True,
+            need_norm=True,
         )
     names = "grad_x grad_lr grad_td grad_bias grad_norm_weight grad_norm_bias".split()
     return {"y": y, **dict(zip(names, grads, strict=True))}

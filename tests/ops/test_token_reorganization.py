@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import contract
 import pytest
 import torch
 import torch.nn.functional as F
 import viops
-from contract import BACKENDS, DTYPES, Backend, case_id
+from contract import BACKENDS, DTYPES, Backend, case_id, each_backend
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from viops.cases import Case, Draw, amid_nan
@@ -21,12 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*taken away by the test:Runtime
 
 DRAW_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 
-
-@pytest.fixture(params=BACKENDS, ids=case_id)
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each backend in turn, on for the whole test."""
-    with request.param.enter():
-        yield request.param
+backend = each_backend(BACKENDS)
 
 
 @pytest.fixture

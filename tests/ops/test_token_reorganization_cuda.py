@@ -7,27 +7,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import ModuleType
 
 import pytest
 import torch
 from contract import DTYPES, case_id
-from cuda_on_host import builds
+from cuda_on_host.here import DEVICE, ON_GPU, ON_HOST, extension
 from ops.test_token_reorganization_native import (
     KEEP,
     P,
     arguments_of,
     expected_of,
     outputs_of,
-    surroundings,
 )
+from poison import all_moved, moved, surroundings
 from torch import Tensor
-from viops import native
 from viops.cases import Draw
 from viops.ops.token_reorganization import reference
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 FUNCTIONS = (
     "reorganize_tokens_forward",
     "reorganize_tokens_backward",
@@ -36,28 +32,10 @@ FUNCTIONS = (
 )
 EACH = pytest.mark.parametrize("name", FUNCTIONS)
 INDEXED = pytest.mark.parametrize("name", FUNCTIONS[1:])
-ON_HOST = pytest.mark.skipif(ON_GPU, reason="the device, not the executor, runs the kernels here")
-
-
-def extension() -> ModuleType:
-    """What has the kernels."""
-    return native.require() if ON_GPU else builds.extension()
 
 
 def call(name: str, arguments: dict) -> None:
     getattr(extension(), name)(*arguments.values())
-
-
-def on_device(arguments: dict) -> dict:
-    """The arguments with all memory of their tensors on the device, surroundings included."""
-
-    def move(tensor: Tensor) -> Tensor:
-        if DEVICE == "cpu":
-            return tensor
-        storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(DEVICE)
-        return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-    return {key: move(v) if isinstance(v, Tensor) else v for key, v in arguments.items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
@@ -65,7 +43,7 @@ def on_device(arguments: dict) -> dict:
 def test_writes_every_element_and_none_beside(name: str, dtype: torch.dtype) -> None:
     arguments = arguments_of(name, dtype)
     expected = expected_of(name, arguments)
-    arguments = on_device(arguments)
+    arguments = all_moved(arguments, DEVICE)
     call(name, arguments)
     for key, wanted in zip(outputs_of(name, dtype), expected, strict=True):
         out = arguments[key].cpu()
@@ -82,10 +60,10 @@ def test_tensors_of_two_devices_are_refused(name: str) -> None:
         if not isinstance(value, Tensor):
             continue
         with pytest.raises((ValueError, TypeError), match=r"^\w+: \S"):
-            call(name, {**on_device(arguments), key: value.to("meta")})
+            call(name, {**all_moved(arguments, DEVICE), key: value.to("meta")})
         if ON_GPU:
             with pytest.raises(ValueError, match=r"^\w+: expected a tensor on .*got one on"):
-                call(name, {**on_device(arguments), key: value})
+                call(name, {**all_moved(arguments, DEVICE), key: value})
 
 
 @ON_HOST
@@ -146,7 +124,7 @@ def test_images_that_do_not_begin_at_whole_vectors(dtype: torch.dtype) -> None:
     scores = Draw(torch.float32).probabilities(3, 22)
     tokens = torch.full((3, 13, 16), torch.nan, dtype=dtype, device=DEVICE)
     index = torch.full((3, 11), -7, device=DEVICE)
-    on_device_x = on_device({"x": x})["x"]
+    on_device_x = moved(x, DEVICE)
     extension().reorganize_tokens_forward(on_device_x, scores.to(DEVICE), tokens, index)
     wanted, order = reference.reorganize_tokens_forward(x, scores, 11, 1, True)
     assert torch.equal(index.cpu(), order)
@@ -178,7 +156,7 @@ def test_a_wrong_place_ends_the_kernel_on_a_gpu(place: int) -> None:
 def test_gradients_and_outputs_of_no_image(name: str) -> None:
     arguments = {
         key: value[:0] if isinstance(value, Tensor) else value
-        for key, value in on_device(arguments_of(name)).items()
+        for key, value in all_moved(arguments_of(name), DEVICE).items()
     }
     call(name, arguments)
 
@@ -186,10 +164,10 @@ def test_gradients_and_outputs_of_no_image(name: str) -> None:
 def test_gradients_that_nobody_asked_for() -> None:
     name = "reorganize_tokens_backward"
     grad_x, grad_scores = expected_of(name, arguments_of(name))
-    arguments = on_device(arguments_of(name))
+    arguments = all_moved(arguments_of(name), DEVICE)
     call(name, {**arguments, "grad_x": None})
     torch.testing.assert_close(arguments["grad_scores"].cpu(), grad_scores)
-    arguments = on_device(arguments_of(name))
+    arguments = all_moved(arguments_of(name), DEVICE)
     call(name, {**arguments, "x": None, "grad_scores": None})
     torch.testing.assert_close(arguments["grad_x"].cpu(), grad_x)
     assert arguments["grad_scores"].isnan().all()

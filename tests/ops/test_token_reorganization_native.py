@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import contract
-import numpy
 import pytest
 import torch
 import viops
 from contract import DTYPES, case_id
+from extension_calls import EACH_NO_TENSOR, call, check_counts, check_refusal
+from poison import amid, surroundings
 from torch import Tensor
-from viops import native
 from viops.cases import Draw, amid_nan
 from viops.ops.token_reorganization import reference
 
@@ -25,7 +23,7 @@ def outputs_of(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
     def blank(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         fill = float("nan") if dtype.is_floating_point else -7
-        return amid(torch.full(shape, fill, dtype=dtype))
+        return amid(torch.full(shape, fill, dtype=dtype), fill)
 
     wide = reference.accumulation_dtype(dtype)
     return {
@@ -45,18 +43,6 @@ def outputs_of(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
         "restore_tokens_forward": {"x": blank(B, N, C)},
         "restore_tokens_backward": {"grad_tokens": blank(B, 1 + KEEP + 1, C)},
     }[name]
-
-
-def amid(tensor: Tensor, margin: int = 67) -> Tensor:
-    """The tensor amid elements of the value that it is full of."""
-    storage = tensor.flatten()[:1].repeat(tensor.numel() + 2 * margin)
-    return storage[margin : margin + tensor.numel()].view(tensor.shape)
-
-
-def surroundings(tensor: Tensor, margin: int = 67) -> Tensor:
-    """What lies before and after a tensor made by `amid`."""
-    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-    return torch.cat([storage[:margin], storage[-margin:]])
 
 
 def arguments_of(name: str, dtype: torch.dtype = torch.float32) -> dict[str, object]:
@@ -128,10 +114,6 @@ FUNCTIONS = (
 EACH = pytest.mark.parametrize("name", FUNCTIONS)
 
 
-def call(name: str, arguments: dict) -> None:
-    getattr(native.require(), name)(*arguments.values())
-
-
 @pytest.mark.parametrize("level", LEVELS, ids=case_id)
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 @EACH
@@ -168,26 +150,13 @@ TENSORS = [
 ]
 
 
-class NoCapsule:
-    def __dlpack__(self) -> int:
-        return 7
-
-
 def refuses(
     name: str, key: str, value: object, errors: type | tuple = (ValueError, TypeError)
 ) -> None:
-    arguments = arguments_of(name)
-    # a good tensor may be blamed for not fitting the bad one; the message names one of them
-    names = "|".join([*arguments, "num_prefix"])
-    with pytest.raises(errors, match=rf"^({names}): \S"):
-        call(name, {**arguments, key: value})
+    check_refusal(name, arguments_of(name), {key: value}, errors, "num_prefix")
 
 
-@pytest.mark.parametrize(
-    "value",
-    [1.5, "text", [1.0], object(), NoCapsule(), numpy.float32(1), torch.float32],
-    ids=lambda value: type(value).__name__,
-)
+@EACH_NO_TENSOR
 @pytest.mark.parametrize(("name", "key"), TENSORS)
 def test_what_is_no_tensor_is_refused(name: str, key: str, value: object) -> None:
     refuses(name, key, value, TypeError)
@@ -300,11 +269,7 @@ def test_public_function_refuses_bad_places(monkeypatch: pytest.MonkeyPatch) -> 
 
 @EACH
 def test_too_few_or_too_many_arguments(name: str) -> None:
-    function: Callable = getattr(native.require(), name)
-    values = list(arguments_of(name).values())
-    for bad in (values[:-1], [*values, 1], []):
-        with pytest.raises(TypeError):
-            function(*bad)
+    check_counts(name, arguments_of(name))
 
 
 def test_gradients_that_nobody_asked_for() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import functools
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import triton_compiled
 import viops
+from triton_compiled import run_python
 from viops import dispatch, native, triton_runtime
 from viops.cases import Draw
 from viops.ops.token_reorganization import cases
@@ -33,21 +34,6 @@ def draw() -> Draw:
 def no_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_choices", {})
     monkeypatch.setattr(dispatch, "_warned", set())
-
-
-def run_python(code: str, **environment: str) -> str:
-    """What a Python process of its own prints, with Triton's interpreter off unless asked for."""
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**inherited, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @interpreted
@@ -241,27 +227,9 @@ def test_nan_and_infinity_come_out_as_in_the_reference(num_tokens: int, value: f
 
 # The kernels compiled for a GPU that need not be there.
 
-COMPILED = """
-import re, subprocess, tempfile
-from pathlib import Path
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from viops.cases import Draw
+DEFINITIONS = """
 from viops.ops.token_reorganization import cases, triton_kernels
-
-class Driver:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", {capability}, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-driver.set_active(Driver())
-compiled = []
-kernels = [value for name, value in vars(triton_kernels).items() if name.endswith("_kernel")]
-for kernel in kernels:
-    def compile_only(*args, run=kernel.run, warmup, **options):
-        compiled.append(run(*args, warmup=True, **options))
-    kernel.run = compile_only
+modules = [triton_kernels]
 
 def call(dtype, batch, num_tokens):
     compiled.clear()
@@ -269,18 +237,8 @@ def call(dtype, batch, num_tokens):
     scores, probabilities = triton_kernels.class_attention_scores_forward(q, k, 1, 0.125)
     triton_kernels.class_attention_scores_backward(scores, q, k, probabilities, 1, 0.125)
     return list(compiled)
-
-def variants():
-    return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
-
-{body}
 """
-
-
-def run_compiled(body: str, cache: Path, capability: int = 90) -> str:
-    """Runs `body` with kernels that are compiled and not launched."""
-    code = COMPILED.format(body=body, capability=capability)
-    return run_python(code, TRITON_CACHE_DIR=str(cache))
+run_compiled = functools.partial(triton_compiled.run_compiled, DEFINITIONS)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

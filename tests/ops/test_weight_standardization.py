@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 import viops
 import weight_standardization_golden as official
-from contract import ALL_BACKENDS, Backend, case_id, has, num_threads
+from contract import ALL_BACKENDS, Backend, case_id, each_backend, has, num_threads
 from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,12 +22,7 @@ HERE = [row for row in ALL_BACKENDS if has(row, "standardize_weight")]
 INSIDE = pytest.mark.parametrize("eps_inside", [True, False], ids=["inside", "outside"])
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
-
-@pytest.fixture(params=HERE, ids=case_id)
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each backend in turn, on for the whole test."""
-    with request.param.enter():
-        yield request.param
+backend = each_backend(HERE)
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contract
-import numpy
 import pytest
 import torch
 from contract import DTYPES, case_id
+from extension_calls import EACH_NO_TENSOR, call, check_counts, check_refusal
+from poison import amid, surroundings
 from tolerances import assert_matches
 from torch import Tensor
 from viops import native
@@ -19,19 +20,6 @@ FORWARD, BACKWARD = "standardize_weight_forward", "standardize_weight_backward"
 EACH = pytest.mark.parametrize("name", [FORWARD, BACKWARD])
 OPTIONS = {"eps": 0.1, "unbiased": True, "eps_inside": True}
 OPTIONAL = {FORWARD: ("gain",), BACKWARD: ("gain", "grad_gain")}
-
-
-def amid(tensor: Tensor, margin: int = 67) -> Tensor:
-    """The tensor amid NaN, at an address that is a multiple of nothing but its element."""
-    storage = torch.full((tensor.numel() + 2 * margin,), float("nan"), dtype=tensor.dtype)
-    inner = storage[margin : margin + tensor.numel()].view(tensor.shape)
-    return inner.copy_(tensor)
-
-
-def surroundings(tensor: Tensor, margin: int = 67) -> Tensor:
-    """What lies before and after a tensor made by `amid`."""
-    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-    return torch.cat([storage[:margin], storage[-margin:]])
 
 
 def outputs_of(name: str, filters: int, size: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -74,10 +62,6 @@ def expected_of(name: str, a: dict) -> tuple[Tensor, ...]:
         return forward
     inputs = wide["grad_out"], wide["weight"], wide["gain"], *forward[1:]
     return reference.standardize_weight_backward(*inputs, *options, True)
-
-
-def call(name: str, arguments: dict) -> None:
-    getattr(native.require(), name)(*arguments.values())
 
 
 def check_outputs(name: str, dtype: torch.dtype, arguments: dict, taken: dict) -> None:
@@ -172,23 +156,11 @@ TENSORS = [
 ]
 
 
-class NoCapsule:
-    def __dlpack__(self) -> int:
-        return 7
-
-
 def refuses(name: str, changes: dict, errors: type | tuple = (ValueError, TypeError)) -> None:
-    arguments = arguments_of(name)
-    # a good tensor may be blamed for not fitting the bad one; the message names one of them
-    with pytest.raises(errors, match=rf"^({'|'.join(arguments)}): \S"):
-        call(name, {**arguments, **changes})
+    check_refusal(name, arguments_of(name), changes, errors)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [1.5, "text", [1.0], object(), NoCapsule(), numpy.float32(1), torch.float32],
-    ids=lambda value: type(value).__name__,
-)
+@EACH_NO_TENSOR
 @pytest.mark.parametrize(("name", "key"), TENSORS)
 def test_what_is_no_tensor_is_refused(name: str, key: str, value: object) -> None:
     refuses(name, {key: value}, TypeError)
@@ -252,10 +224,7 @@ def test_what_is_not_contiguous_is_refused(name: str, key: str) -> None:
 
 @EACH
 def test_too_few_or_too_many_arguments(name: str) -> None:
-    values = list(arguments_of(name).values())
-    for bad in (values[:-1], [*values, 1], []):
-        with pytest.raises(TypeError):
-            getattr(native.require(), name)(*bad)
+    check_counts(name, arguments_of(name))
 
 
 def test_results_that_nobody_asked_for() -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import functools
 from pathlib import Path
 
 import pytest
 import torch
+import triton_compiled
 import viops
 from contract import DTYPES, case_id
 from tolerances import assert_matches
+from triton_compiled import run_python
 from viops import dispatch, triton_runtime
 from viops.cases import Draw
 from viops.ops.weight_standardization import op, reference
@@ -29,21 +29,6 @@ interpreted = pytest.mark.skipif(
 @pytest.fixture
 def draw() -> Draw:
     return Draw(torch.float32)
-
-
-def run_python(code: str, **environment: str) -> str:
-    """What a Python process of its own prints, with Triton's interpreter off unless asked for."""
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**inherited, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_the_kernels_are_imported_at_their_first_call_alone() -> None:
@@ -191,26 +176,9 @@ def test_what_the_op_returns_shares_no_memory(draw: Draw) -> None:
 
 # The kernels compiled for a GPU that need not be there.
 
-COMPILED = """
-import re, subprocess, tempfile
-from pathlib import Path
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+DEFINITIONS = """
 from viops.ops.weight_standardization import op, triton_kernels
-
-class Driver:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", {capability}, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-driver.set_active(Driver())
-compiled = []
-kernels = [value for name, value in vars(triton_kernels).items() if name.endswith("_kernel")]
-for kernel in kernels:
-    def compile_only(*args, run=kernel.run, warmup, **options):
-        compiled.append(run(*args, warmup=True, **options))
-    kernel.run = compile_only
+modules = [triton_kernels]
 
 def call(dtype, filters, size, eps_inside=True):
     compiled.clear()
@@ -228,9 +196,6 @@ def call_many(dtype, shapes, eps_inside=True):
     op._backward_together(outs, weights, none, mean, factor, options, True)
     return list(compiled)
 
-def variants():
-    return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
-
 def stack(kernel):
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -238,15 +203,8 @@ def stack(kernel):
         file.flush()
         done = subprocess.run([tool, "-res-usage", file.name], capture_output=True)
     return int(re.search(r"STACK:(\\d+)", done.stdout.decode()).group(1))
-
-{body}
 """
-
-
-def run_compiled(body: str, cache: Path, capability: int = 90) -> str:
-    """Runs `body` with kernels that are compiled and not launched."""
-    code = COMPILED.format(body=body, capability=capability)
-    return run_python(code, TRITON_CACHE_DIR=str(cache))
+run_compiled = functools.partial(triton_compiled.run_compiled, DEFINITIONS)
 
 
 def test_a_new_size_of_the_same_class_compiles_nothing(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -47,21 +48,40 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
         run()
         _synchronize(device)
         return torch.cuda.max_memory_allocated() - held
+    return max((0, *_held_after_each_change(run)))
+
+
+def held_bytes(run: Callable[[], object], device: str) -> int:
+    """The memory of tensors that the function has allocated and that its result keeps alive.
+
+    Measured as peak_bytes is; of a forward pass it is what waits for backward, and the result.
+    """
+    run()
+    if device == "cuda":
+        _synchronize(device)
+        before = torch.cuda.memory_allocated()
+        result = run()
+        _synchronize(device)
+        held = torch.cuda.memory_allocated() - before
+        del result
+        return held
+    return (0, *_held_after_each_change(run))[-1]
+
+
+def _held_after_each_change(run: Callable[[], object]) -> list[int]:
+    """Bytes of tensors on the CPU after each allocation and each free; the result is kept alive."""
     with _quiet_stderr():
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            run()
+            result = run()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
+    del result
     changes = [
         (event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"
     ]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda item: item[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
+    return list(accumulate(change for _, change in sorted(changes, key=lambda item: item[0])))
 
 
 @contextmanager

@@ -1,35 +1,22 @@
-"""What the models have in common: features, stages, a head, and what timm asks of them."""
+"""What the models of stages have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-
-class Sizes(Protocol):
-    """Of a model's configuration; each tuple has an entry for each stage."""
-
-    @property
-    def embed_dims(self) -> tuple[int, ...]: ...
-
-    @property
-    def depths(self) -> tuple[int, ...]: ...
-
-    @property
-    def drop_path_rate(self) -> float: ...
+from .image_model import ImageModel, Sizes
 
 
-class Backbone(nn.Module):
+class Backbone(ImageModel):
     """A stem, stages with a 2x downsampling between them, and a classifier.
 
     A model makes ``patch_embed``, then ``layers`` and last ``head``.  The stem takes images
     [B, in_chans, H, W] and gives [B, h, w, C], which stages and their ``downsample`` take and give.
     """
 
-    config: Any
     patch_embed: nn.Module
     layers: Any
     head: nn.Module
@@ -37,100 +24,10 @@ class Backbone(nn.Module):
     def __init__(
         self, config: Sizes, num_classes: int, num_features: int, drop_rate: float, global_pool: str
     ) -> None:
-        super().__init__()
-        _check_pool(global_pool)
-        self.config = config
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = num_features  # timm's names
-        #: What timm asks of a backbone: for each stage its channels, stride and name.
-        self.feature_info = [
-            {"num_chs": channels, "reduction": 4 * 2**i, "module": f"layers.{i}"}
-            for i, channels in enumerate(config.embed_dims)
-        ]
-        self.head_drop = nn.Dropout(drop_rate)
-
-    def _drop_paths(self) -> list[list[float]]:
-        """The rate of each block of each stage."""
-        depths = self.config.depths
-        rates = torch.linspace(0, self.config.drop_path_rate, sum(depths), device="cpu")
-        return [of_stage.tolist() for of_stage in rates.split(depths)]
-
-    def _make_head(self) -> nn.Module:
-        return nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> logits [B, num_classes]."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> [B, num_features, h, w], before pooling."""
-        return self._features(self._stages(x)[-1])
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """What forward_features gives -> logits [B, num_classes], or pooled [B, num_features]."""
-        x = self._pool(x)
-        return x if pre_logits else self.head(self.head_drop(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """The stages' outputs, each [B, C, h, w] ("NCHW") or [B, h, w, C] ("NHWC").
-
-        Args:
-            x: images [B, in_chans, H, W].
-            indices: which stages, counted from 0 or, below 0, from the end; a number is the last so
-                many, None is all.
-            norm: must be False: there is no norm after a stage.
-            stop_early: whether no stage after the last one taken runs.
-            output_fmt: the layout.
-            intermediates_only: whether the list alone is returned, without what forward_features
-                gives before it; `stop_early` needs it where the last stage is not taken.
-        """
-        if norm:
-            raise ValueError("norm: expected False, for there is no norm after a stage, got True")
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt: expected 'NCHW' or 'NHWC', got {output_fmt!r}")
-        take = self._take(indices)
-        outputs = self._stages(x, 1 + max(take) if stop_early else len(self.layers))
-        taken = [
-            stage.permute(0, 3, 1, 2) if output_fmt == "NCHW" else stage
-            for stage in (outputs[i] for i in take)
-        ]
-        if intermediates_only:
-            return taken
-        return self._features(outputs[-1]), taken
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | Sequence[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Takes out the stages after the last of `indices`; returns the places of those named."""
-        take = self._take(indices)
-        self.layers = self.layers[: 1 + max(take)]
-        self.layers[-1].downsample = None
-        if prune_norm or len(self.layers) < len(self.config.depths):
-            for name in self._after_stages():
-                setattr(self, name, nn.Identity())
-        if prune_head:
-            self.reset_classifier(0)
-        return take
+        super().__init__(config, num_classes, num_features, drop_rate, global_pool, "layers.{}")
 
     def get_classifier(self) -> nn.Module:
         return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for so many classes; 0 is none."""
-        _check_pool("avg" if global_pool is None else global_pool)
-        self.num_classes = num_classes
-        self.head = self._make_head().to(next(self.parameters()))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training keeps the inputs of blocks alone and runs each again in backward."""
@@ -141,16 +38,13 @@ class Backbone(nn.Module):
         """The modules between the last stage and the head."""
         raise NotImplementedError
 
-    def _features(self, x: Tensor) -> Tensor:
-        """[B, h, w, C] of the last stage -> [B, num_features, h, w]."""
-        raise NotImplementedError
+    def _reset_head(self) -> None:
+        self.head = self._make_head().to(next(self.parameters()))
 
-    def _pool(self, x: Tensor) -> Tensor:
-        """[B, num_features, h, w] -> [B, num_features]."""
-        return x.mean(dim=(2, 3))
+    def _num_stages(self) -> int:
+        return len(self.layers)
 
     def _stages(self, x: Tensor, count: int | None = None) -> list[Tensor]:
-        """The outputs of the first `count` stages, each [B, h, w, C]."""
         x = self.patch_embed(x)
         outputs: list[Tensor] = []
         for stage in self.layers[:count]:
@@ -159,25 +53,9 @@ class Backbone(nn.Module):
                 x = stage.downsample(outputs[-1])
         return outputs
 
-    def _take(self, indices: int | Sequence[int] | None) -> list[int]:
-        count = len(self.layers)
-        if indices is None:
-            return list(range(count))
-        if isinstance(indices, int):
-            indices = range(count - indices, count)
-        places = sorted(i + count if i < 0 else i for i in indices)
-        if not places or any(not 0 <= place < count for place in places):
-            raise ValueError(f"indices: expected some of the {count} stages, got {indices!r}")
-        return places
-
-
-def _check_pool(global_pool: str) -> None:
-    if global_pool != "avg":
-        raise ValueError(f"global_pool: expected 'avg', got {global_pool!r}")
-
-
-def init_linear(module: nn.Module) -> None:
-    """As the authors' models are initialised; other layers keep torch's values."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+    def _prune(self, count: int, prune_norm: bool) -> None:
+        self.layers = self.layers[:count]
+        self.layers[-1].downsample = None
+        if prune_norm or len(self.layers) < len(self.config.depths):
+            for name in self._after_stages():
+                setattr(self, name, nn.Identity())

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.mix_shift.module import MixShiftBlock
-from .backbone import Backbone, init_linear
+from .backbone import Backbone
+from .image_model import check_images, init_linear
 
 #: Side of the squares of pixels that the first stage has for places.
 _PATCH = 4
@@ -155,23 +156,8 @@ class MSMLP(Backbone):
         return ("norm",)
 
     def _stages(self, x: Tensor, count: int | None = None) -> list[Tensor]:
-        self._check_images(x)
+        check_images(x, self.in_chans, _PATCH * 2 ** (len(self.layers) - 1))
         return super()._stages(x, count)
-
-    def _check_images(self, x: Tensor) -> None:
-        stride = _PATCH * 2 ** (len(self.layers) - 1)
-        if x.dim() != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(
-                f"x: expected [B, C, H, W], C = {self.in_chans}, got shape {list(x.shape)}"
-            )
-        if any(size < stride or size % stride for size in x.shape[2:]):
-            raise ValueError(
-                f"x: expected a height and a width that {stride} divides, "
-                f"got {x.shape[2]} and {x.shape[3]}"
-            )
-
-    def _features(self, x: Tensor) -> Tensor:
-        return x.permute(0, 3, 1, 2)
 
     def _pool(self, x: Tensor) -> Tensor:
         return self.norm(super()._pool(x))

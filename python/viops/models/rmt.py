@@ -23,7 +23,8 @@ from ..ops.decayed_attention.module import (
     ManhattanSelfAttention,
     RelativePosition2d,
 )
-from .backbone import Backbone, init_linear
+from .backbone import Backbone
+from .image_model import init_linear
 
 #: Channels between the last stage and the classifier.
 _HEAD_CHANNELS = 1024

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from . import ms_mlp, rmt
-from .backbone import Backbone, Sizes
+from . import ms_mlp, revcol, rmt
+from .image_model import ImageModel, Sizes
 
 
 class Family(NamedTuple):
     """Models of one class; `cfg` is what timm is to know about them beside `_default_cfg`."""
 
-    model: type[Backbone]
+    model: type[ImageModel]
     configs: dict[str, Sizes]
     cfg: dict[str, Any]
 
@@ -24,6 +24,11 @@ class Family(NamedTuple):
 FAMILIES = (
     Family(rmt.RMT, {**rmt.CONFIGS}, {"first_conv": "patch_embed.proj.0"}),
     Family(ms_mlp.MSMLP, {**ms_mlp.CONFIGS}, {"first_conv": "patch_embed.proj", "crop_pct": 0.875}),
+    Family(
+        revcol.RevCol,
+        {**revcol.CONFIGS},
+        {"first_conv": "stem.0", "classifier": "cls.classifier.1", "crop_pct": 0.875},
+    ),
 )
 
 
@@ -63,7 +68,7 @@ def register() -> None:
             register_model(_entrypoint(family.model, size, config))
 
 
-def _entrypoint(model: type[Backbone], size: str, config: Sizes) -> Callable[..., nn.Module]:
+def _entrypoint(model: type[ImageModel], size: str, config: Sizes) -> Callable[..., nn.Module]:
     """The function that timm calls to create a model."""
 
     def create(pretrained: bool = False, **options: Any) -> nn.Module:

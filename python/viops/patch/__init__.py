@@ -13,6 +13,7 @@ from .evit import evit, kept_masks
 from .int16 import int16
 from .manhattan import manhattan
 from .micro_batch import micro_batch
+from .reversible import reversible
 from .schedule import KeepRateSchedule
 from .vision_transformer import KeptTokens
 
@@ -52,5 +53,6 @@ __all__ = [
     "kept_masks",
     "manhattan",
     "micro_batch",
+    "reversible",
     "undo",
 ]

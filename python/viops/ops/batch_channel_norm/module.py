@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ... import checks
+from ...tensors import accumulation_dtype, laid_out_as
 from . import op, reference
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -259,9 +260,9 @@ class SyncBatchChannelNorm(_BatchChannelNorm):
         self, mean: Tensor, var: Tensor, count: Tensor, x: Tensor, residual: Tensor | None
     ) -> Tensor:
         bn, planes = self.bn, op.as_planes(x)
-        dtype = reference.accumulation_dtype(x.dtype)
+        dtype = accumulation_dtype(x.dtype)
         if residual is not None:
-            residual = op.laid_out_as(planes, reference.flat(residual))
+            residual = laid_out_as(planes, reference.flat(residual))
         parameters = (t.to(dtype).reshape(-1) for t in (bn.weight, bn.bias, self.weight, self.bias))
         y = _Shared.apply(
             (self.process_group, count, (mean - mean.to(dtype)).to(dtype)),
@@ -332,7 +333,7 @@ def _is_recomputing() -> bool:
 def joint_statistics(planes: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Of planes [B, C, S] of all processes: the mean and the biased variance [C], and how many
     values a channel they are of, [], in float64."""
-    wide = planes.to(reference.accumulation_dtype(planes.dtype))
+    wide = planes.to(accumulation_dtype(planes.dtype))
     count = planes.shape[0] * planes.shape[2]
     own = wide.new_zeros(3, wide.shape[1], dtype=torch.float64)  # count, mean, squared distances
     if count:

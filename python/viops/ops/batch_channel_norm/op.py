@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ... import checks, dispatch, native
 from ...dispatch import Kernels
+from ...tensors import accumulation_dtype, laid_out_as
 from . import reference
 from .reference import CONSTANTS, ESTIMATE, OF_BATCH
 
@@ -127,7 +128,7 @@ def _scratch(x: Tensor) -> Tensor:
     planes_of_block = 8 if x.is_contiguous() else 256
     blocks = max(1, batch * channels // planes_of_block)
     pieces = max(2, min(places // 32, 2048 // blocks))
-    dtype = reference.accumulation_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     return x.new_empty(1 + pieces, 2, batch, channels, dtype=dtype)
 
 
@@ -154,13 +155,6 @@ def _empty_gradients(x: Tensor, mean: Tensor, weight: Tensor, need_residual: boo
         torch.empty_like(weight),
         torch.empty_like(weight),
     )
-
-
-def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
-    """`other`, of x's shape, with x's strides."""
-    if other.stride() == x.stride():
-        return other
-    return other.new_empty_strided(x.shape, x.stride()).copy_(other)
 
 
 dispatch.register(
@@ -443,7 +437,7 @@ def batch_channel_norm(
             activation=activation,
             residual=residual,
         )
-    dtype = reference.accumulation_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     planes = as_planes(x)
 
     def vector(value: Tensor | None, size: int, default: float) -> Tensor:

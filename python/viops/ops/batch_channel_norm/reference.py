@@ -16,10 +16,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are held in: float64 for float64, else float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
+from ...tensors import accumulation_dtype, in_layout_of
 
 
 def batch_channel_norm(
@@ -81,13 +78,6 @@ def batch_channel_norm(
     if residual is not None:
         out = out + residual.to(dtype)
     return in_layout_of(x, out.relu() if activation == "relu" else out).to(x.dtype)
-
-
-def in_layout_of(x: Tensor, out: Tensor) -> Tensor:
-    """`out`, of x's shape, contiguous with the channels last where x is so, else contiguous."""
-    if x.dim() > 2 and x.movedim(1, -1).is_contiguous() and not x.is_contiguous():
-        return out.movedim(1, -1).contiguous().movedim(-1, 1)
-    return out.contiguous()
 
 
 def flat(x: Tensor) -> Tensor:

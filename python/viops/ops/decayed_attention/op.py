@@ -15,7 +15,7 @@ from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ... import checks, dispatch, native
-from ...autocast import cast_as_attention
+from ...autocast import to_autocast_dtype
 from ...dispatch import Kernels
 from . import reference
 
@@ -384,7 +384,7 @@ def decayed_attention(
     authors' code.
     """
     if torch._C._is_any_autocast_enabled():
-        q, k, v = cast_as_attention(q), cast_as_attention(k), cast_as_attention(v)
+        q, k, v = to_autocast_dtype(q), to_autocast_dtype(k), to_autocast_dtype(v)
     _check(q, k, v, log_decay)
     scale = q.shape[-1] ** -0.5 if scale is None else checks.check_scale("scale", scale)
     axial = bool(axial)

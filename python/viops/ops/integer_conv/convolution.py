@@ -15,6 +15,7 @@ from torch import Size, Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ... import checks, dispatch
+from ...tensor_state import state_of
 from . import kernels, reference
 from .dfp import DfpTensor
 from .op import carry, check_options, quantize_operand, run_conv2d
@@ -397,7 +398,7 @@ def _as_filters(w: DfpTensor) -> DfpTensor:
     """[O, K] -> [O, K, 1, 1]: the same tensor for the same integers, which keeps its packing."""
     shape = *w.shape, 1, 1
     if dispatch.is_plain_eager(w.data) and not w.data.is_inference():
-        key = w.data._version, w.data.data_ptr(), w.data.stride(), shape
+        key = state_of(w.data)
         kept = _filters.get(w.data)
         if kept is None or kept[0] != key:
             # no view: of one the other would be the base, and live as long

@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ... import optimizer_steps
 from ...dispatch import is_plain_eager, is_reference_forced
+from ...tensor_state import state_of
 from . import convolution, op
 from .dfp import DfpTensor
 
@@ -73,15 +74,7 @@ class _Integer(nn.Module):
         weight, options = self.weight, tuple(self._options.values())
         if not self._may_keep(weight):
             return self._quantize(weight)
-        key = (
-            weight._version,
-            weight.data_ptr(),
-            weight.stride(),
-            weight.shape,
-            weight.dtype,
-            options,
-            optimizer_steps.count(),
-        )
+        key = state_of(weight), options, optimizer_steps.count()
         kept = self._kept  # read once: another thread may change it meanwhile
         storage = weight.untyped_storage()
         if kept is None or kept.key != key or kept.storage.cdata != storage._cdata:

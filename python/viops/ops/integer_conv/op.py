@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ... import checks, dispatch
 from ...dispatch import Kernels
+from ...tensor_state import state_of
 from . import kernels, reference
 from .dfp import DfpTensor, check_bits
 from .reference import ROUNDINGS, SCALINGS
@@ -249,7 +250,7 @@ def keep(y: Tensor, quantized: DfpTensor, scaling: str, rounding: str) -> None:
 
 
 def _key(x: Tensor, *options: object) -> tuple:
-    return x._version, x.data_ptr(), x.shape, x.stride(), *options
+    return state_of(x), *options
 
 
 def kept_or_quantized(x: Tensor, bits: int, scaling: str, rounding: str) -> DfpTensor:

@@ -54,18 +54,23 @@ def _native_backward(
     eps: float,
     need_x: bool,
     need_weights: bool,
+    need_norm: bool,
 ) -> Gradients:
     weights = weight_lr, weight_td, bias = _dense(weight_lr, weight_td, bias)
     (norm_weight,) = _dense(norm_weight)
-    grads = empty_gradients(x, weight_lr, weight_td, bias, norm_weight, need_x, need_weights)
-    grad_x, grad_lr, grad_td, grad_bias, grad_norm_weight, grad_norm_bias = grads
+    grads = empty_gradients(
+        x, weight_lr, weight_td, bias, norm_weight, need_x, need_weights, need_norm
+    )
+    grad_x, grad_lr, grad_td, grad_bias, *of_norm = grads
     extension = native.require()
     groups = kernels, shifts
     if norm_weight is not None:
         grad_u = torch.empty_like(x, memory_format=torch.channels_last)
+        if not need_norm:  # the kernels sum them on their way
+            of_norm = [torch.empty_like(norm_weight) for _ in range(2)]
         extension.mix_shift_norm_backward(
             *(grad_y, x, *weights, *groups, norm_weight, eps),
-            *(grad_u, grad_norm_weight, grad_norm_bias, _scratch(x, 2 * x.shape[1], 256)),
+            *(grad_u, *of_norm, _scratch(x, 2 * x.shape[1], 256)),
         )
         grad_y = grad_u
     if need_x:
@@ -134,8 +139,11 @@ def _backward_fake(
     eps: float,
     need_x: bool,
     need_weights: bool,
+    need_norm: bool,
 ) -> Gradients:
-    return empty_gradients(x, weight_lr, weight_td, bias, norm_weight, need_x, need_weights)
+    return empty_gradients(
+        x, weight_lr, weight_td, bias, norm_weight, need_x, need_weights, need_norm
+    )
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -146,8 +154,10 @@ def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx: Any, grad_y: Tensor) -> tuple:
     *tensors, norm_weight = ctx.saved_tensors
     need_x, *need_weights = ctx.needs_input_grad[:4]
+    need_norm = ctx.needs_input_grad[6:8]
     grads = _mix_shift.run_backward(
-        grad_y, *tensors, ctx.kernels, ctx.shifts, norm_weight, ctx.eps, need_x, any(need_weights)
+        *(grad_y, *tensors, ctx.kernels, ctx.shifts, norm_weight, ctx.eps),
+        *(need_x, any(need_weights), any(need_norm)),
     )
     *of_mixing, of_norm_weight, of_norm_bias = grads
     gradients = (*of_mixing, None, None, of_norm_weight, of_norm_bias, None)
@@ -163,7 +173,8 @@ _mix_shift = dispatch.Op(
     " Tensor? norm_weight, Tensor? norm_bias, float eps) -> Tensor",
     _fake,
     "(Tensor grad_y, Tensor x, Tensor weight_lr, Tensor? weight_td, Tensor? bias, int[] kernels,"
-    " int[] shifts, Tensor? norm_weight, float eps, bool need_x, bool need_weights)"
+    " int[] shifts, Tensor? norm_weight, float eps, bool need_x, bool need_weights,"
+    " bool need_norm)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
     _setup,
@@ -195,6 +206,7 @@ def _backward_flops(
     eps: float,
     need_x: bool,
     need_weights: bool,
+    need_norm: bool,
     **kwargs: object,
 ) -> int:
     passes = need_x + need_weights + (norm_shape is not None)
@@ -260,11 +272,6 @@ def _check_images(x: object) -> None:
 
 
 def _check_norm(norm_weight: object, norm_bias: object, x: Tensor) -> None:
-    if norm_weight is None:
-        if norm_bias is not None:
-            kind = type(norm_bias).__name__
-            raise ValueError(f"norm_bias: expected None where norm_weight is None, got {kind}")
-        return
     _check_parameter("norm_weight", norm_weight, (x.shape[1],), "C", x)
     if norm_bias is not None:
         _check_parameter("norm_bias", norm_bias, (x.shape[1],), "C", x)
@@ -387,9 +394,13 @@ def mix_shift(
     kernels, checked_shifts = _check_groups(
         x, (weights_lr, weights_td), (biases_lr, biases_td), shifts
     )
-    _check_norm(norm_weight, norm_bias, x)
+    if norm_weight is not None:
+        _check_norm(norm_weight, norm_bias, x)
+    elif norm_bias is not None:
+        kind = type(norm_bias).__name__
+        raise ValueError(f"norm_bias: expected None where norm_weight is None, got {kind}")
     eps = checks.check_eps("eps", eps)
-    x = autocast.cast_as_attention(x)
+    x = autocast.to_autocast_dtype(x)
     if dispatch.is_reference_forced():
         return reference.mix_shift(
             *(x, weights_lr, biases_lr, weights_td, biases_td, checked_shifts),
@@ -456,10 +467,9 @@ def depthwise_norm(
     _check_parameter("weight", weight, (channels, 1, kernel, kernel), "C, 1, k, k", x)
     if bias is not None:
         _check_parameter("bias", bias, (x.shape[1],), "C", x)
-    _check_parameter("norm_weight", norm_weight, (x.shape[1],), "C", x)
     _check_norm(norm_weight, norm_bias, x)
     eps = checks.check_eps("eps", eps)
-    x = autocast.cast_as_attention(x)
+    x = autocast.to_autocast_dtype(x)
     if dispatch.is_reference_forced():
         return reference.depthwise_norm(x, weight, bias, norm_weight, norm_bias, eps)
     dtype = reference.accumulation_dtype(x.dtype)

@@ -171,12 +171,15 @@ def mix_shift_backward(
     eps: float,
     need_x: bool,
     need_weights: bool,
+    need_norm: bool,
 ) -> Gradients:
     """Gradients to x, weight_lr, weight_td, bias, norm_weight and norm_bias.
 
     Those that are not needed, or of what is None, are empty.
     """
-    grads = empty_gradients(x, weight_lr, weight_td, bias, norm_weight, need_x, need_weights)
+    grads = empty_gradients(
+        x, weight_lr, weight_td, bias, norm_weight, need_x, need_weights, need_norm
+    )
     grad_x, *grad_weights, grad_bias, grad_norm_weight, grad_norm_bias = grads
     grad = grad_y.to(weight_lr.dtype)
     if norm_weight is not None:
@@ -185,11 +188,12 @@ def mix_shift_backward(
         _, mean, rstd = torch.native_layer_norm(mixed, size, norm_weight, None, eps)
         of_norm = torch.ops.aten.native_layer_norm_backward(
             *(grad.permute(0, 2, 3, 1), mixed, size, mean, rstd, norm_weight, norm_weight),
-            (True, True, True),
+            (True, need_norm, need_norm),
         )
         grad = of_norm[0].permute(0, 3, 1, 2)
-        grad_norm_weight.copy_(of_norm[1])
-        grad_norm_bias.copy_(of_norm[2])
+        if need_norm:
+            grad_norm_weight.copy_(of_norm[1])
+            grad_norm_bias.copy_(of_norm[2])
     if need_weights and bias is not None:
         grad_bias.copy_(grad.sum(dim=(0, 2, 3)))
     groups = x.to(weight_lr.dtype).chunk(len(kernels), dim=1)
@@ -229,6 +233,7 @@ def empty_gradients(
     norm_weight: Tensor | None,
     need_x: bool,
     need_weights: bool,
+    need_norm: bool,
 ) -> Gradients:
     def like(other: Tensor | None, needed: bool) -> Tensor:
         if other is None or not needed:
@@ -240,6 +245,6 @@ def empty_gradients(
         like(weight_lr, need_weights),
         like(weight_td, need_weights),
         like(bias, need_weights),
-        like(norm_weight, True),
-        like(norm_weight, True),
+        like(norm_weight, need_norm),
+        like(norm_weight, need_norm),
     )

@@ -17,7 +17,7 @@ from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ... import checks, dispatch, native, triton_runtime
-from ...autocast import cast_as_attention
+from ...autocast import to_autocast_dtype
 from ...dispatch import Kernels
 from . import reference
 
@@ -439,7 +439,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = 
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1.
     """
-    q, k, v = cast_as_attention(q), cast_as_attention(k), cast_as_attention(v)
+    q, k, v = to_autocast_dtype(q), to_autocast_dtype(k), to_autocast_dtype(v)
     _check_attention(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else checks.check_scale("scale", scale)
     if dispatch.is_reference_forced():
@@ -475,7 +475,7 @@ def class_attention(
 
     Source: EViT (Liang et al., ICLR 2022), section 3.2, equations 1 and 2.
     """
-    q, k, v = cast_as_attention(q), cast_as_attention(k), cast_as_attention(v)
+    q, k, v = to_autocast_dtype(q), to_autocast_dtype(k), to_autocast_dtype(v)
     _check_attention(q, k, v)
     num_prefix = checks.check_int("num_prefix", num_prefix, 1, q.shape[2], "the number of tokens")
     scale = q.shape[-1] ** -0.5 if scale is None else checks.check_scale("scale", scale)

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from ... import checks, optimizer_steps
 from ...dispatch import forced_backend, is_plain_eager, is_reference_forced
+from ...tensor_state import state_of
 from . import op, reference
 
 Layer = TypeVar("Layer", bound="_Standardizing")
@@ -205,7 +206,7 @@ class _Standardizing(nn.Module):
         options: tuple[float, bool, bool],
     ) -> _Computed:
         key = (
-            *((t._version, t.data_ptr(), t.stride(), t.dtype, t.shape) for t in tensors),
+            *map(state_of, tensors),
             options,
             (optimizer_steps.count(), forced_backend()),
             torch.cuda.current_stream(tensors[0].device) if tensors[0].is_cuda else None,

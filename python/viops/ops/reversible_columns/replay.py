@@ -1,0 +1,196 @@
+"""What a second run of a module needs to give what its first run gave: the same random numbers, the
+same autocast, and the buffers as they were, which it leaves as it finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+def generators_of(modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> list[Generator]:
+    """The default generators of the CPU and these devices, and those of modules' attributes.
+
+    Attributes may be lists, tuples and dictionaries of generators too.
+    """
+    found = [torch.default_generator]
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            of_device = torch.get_device_module(device).default_generators
+            found.append(of_device[device.index or 0])
+    for module in modules:
+        for name, value in vars(module).items():
+            if isinstance(value, (list, tuple, dict)) and not name.startswith("_"):
+                values = value.values() if isinstance(value, dict) else value
+                found += (entry for entry in values if isinstance(entry, Generator))
+            elif isinstance(value, Generator):
+                found.append(value)
+    return list(dict.fromkeys(found))
+
+
+class _Changes(NamedTuple):
+    """A state by what differs from another: after a few draws most of it does not."""
+
+    base: Tensor
+    places: Tensor
+    values: Tensor
+
+    @property
+    def state(self) -> Tensor:
+        return self.base.index_put((self.places.long(),), self.values)
+
+
+class RandomStates:
+    """The states that generators had before runs that drew from them."""
+
+    def __init__(self, generators: Sequence[Generator]) -> None:
+        self.generators = tuple(generators)
+        self._now = self.now()
+        self._bases: list[Tensor | None] = [None] * len(self._now)
+        self._kept: dict[int, list[Tensor | _Changes | None]] = {}
+
+    def now(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self.generators]
+
+    def __bool__(self) -> bool:
+        return bool(self._kept)
+
+    def ran(self, run: int) -> None:
+        """Run `run` has ended, having begun where the one before it ended."""
+        before, self._now = self._now, self.now()
+        drawn = [not torch.equal(a, b) for a, b in zip(before, self._now, strict=True)]
+        if any(drawn):
+            self._kept[run] = [
+                self._keep(i, state) if has_drawn else None
+                for i, (state, has_drawn) in enumerate(zip(before, drawn, strict=True))
+            ]
+
+    def close(self) -> None:
+        """No run follows."""
+        self._now, self._bases = [], []
+
+    def restore(self, run: int) -> None:
+        """The states before run `run`, of the generators that it drew from."""
+        for generator, state in zip(self.generators, self._kept.get(run, ()), strict=False):
+            if state is not None:
+                generator.set_state(state.state if isinstance(state, _Changes) else state)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """The states at the end are those at the beginning."""
+        states = self.now() if self else []
+        try:
+            yield
+        finally:
+            for generator, state in zip(self.generators, states, strict=False):
+                generator.set_state(state)
+
+    def _keep(self, generator: int, state: Tensor) -> Tensor | _Changes:
+        base = self._bases[generator]
+        if base is not None and base.shape == state.shape:
+            places = (state != base).nonzero().flatten()
+            if 4 * places.numel() < state.numel() <= torch.iinfo(torch.int16).max:
+                return _Changes(base, places.to(torch.int16), state[places])
+        self._bases[generator] = state
+        return state
+
+
+class Autocast:
+    """The autocast of now, to be entered again; it casts each weight anew.
+
+    Casts that a run without autograd has left in the cache would have no gradient.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        kinds = ("cpu", *(device.type for device in devices))
+        self._settings = {
+            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in kinds
+            if torch.amp.is_autocast_available(kind)
+        }
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind, (enabled, dtype) in self._settings.items():
+                if enabled or torch.is_autocast_enabled(kind):
+                    again = torch.autocast(kind, dtype, enabled, cache_enabled=False)
+                    stack.enter_context(again)
+            yield
+
+
+class Setting:
+    """What a module finds when it runs: parameters, buffers and training flags, of its parts too.
+
+    Made before a run; `ran` comes after it, and `again` is around a second one.  Parameters that
+    are sharded are left to who gathers them.
+    """
+
+    def __init__(self, module: nn.Module, is_sharded: bool = False) -> None:
+        self._parts = list(module.modules())
+        self._training = [part.training for part in self._parts]
+        self._is_sharded = is_sharded
+        self._parameters = [{} if is_sharded else dict(part._parameters) for part in self._parts]
+        self._buffers = [dict(part._buffers) for part in self._parts]
+        buffers = [b for of_part in self._buffers for b in of_part.values() if b is not None]
+        self._copies = {id(buffer): buffer.clone() for buffer in buffers}
+        self._versions = {id(buffer): buffer._version for buffer in buffers}
+        self._used: list[tuple[Tensor, int]] = []
+
+    def parameters(self) -> list[Tensor]:
+        """Those that the run found, each once."""
+        found = (p for of_part in self._parameters for p in of_part.values() if p is not None)
+        return list({id(parameter): parameter for parameter in found}.values())
+
+    def ran(self, factor: Tensor | None) -> None:
+        """Forgets the copies of buffers that are as they were; `factor` must not change either."""
+        changed = {
+            id(buffer)
+            for part, before in zip(self._parts, self._buffers, strict=True)
+            for name, buffer in before.items()
+            if buffer is not None and self._may_differ(part, name, buffer)
+        }
+        self._copies = {key: copy for key, copy in self._copies.items() if key in changed}
+        buffers = (b for of_part in self._buffers for b in of_part.values() if b is not None)
+        unchanged = [buffer for buffer in buffers if id(buffer) not in changed]
+        factors = [] if factor is None else [factor]
+        self._used = [(t, t._version) for t in (*self.parameters(), *unchanged, *factors)]
+
+    def _may_differ(self, part: nn.Module, name: str, buffer: Tensor) -> bool:
+        if part._buffers.get(name) is not buffer or buffer._version != self._versions[id(buffer)]:
+            return True
+        # norms of torch's write their statistics without a trace
+        if buffer.is_cpu:
+            return not torch.equal(buffer, self._copies[id(buffer)])
+        return part.training and isinstance(part, _NormBase)
+
+    def is_as_it_was(self) -> bool:
+        """Whether parameters, and buffers that the run left alone, have not been written since."""
+        return all(tensor._version == version for tensor, version in self._used)
+
+    @contextmanager
+    def again(self, replaced: Mapping[int, nn.Parameter]) -> Iterator[None]:
+        """The module finds the same, and instead of some parameters others, by their id.
+
+        At the end it has what it had at the beginning.
+        """
+        own = [(part.training, part._parameters, part._buffers) for part in self._parts]
+        copies = {key: copy.clone() for key, copy in self._copies.items()}
+        try:
+            for part, training, parameters, buffers in zip(
+                self._parts, self._training, self._parameters, self._buffers, strict=True
+            ):
+                part.training = training
+                if not self._is_sharded:
+                    part._parameters = {
+                        name: replaced.get(id(p), p) for name, p in parameters.items()
+                    }
+                part._buffers = {name: copies.get(id(b), b) for name, b in buffers.items()}
+            yield
+        finally:
+            for part, (training, parameters, buffers) in zip(self._parts, own, strict=True):
+                part.training, part._parameters, part._buffers = training, parameters, buffers
