@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from viops.cases import Draw
 from viops.cli.measure import held_bytes
 from viops.models.revcol import CONFIGS, RevCol
 from viops.ops.reversible_columns import carry
+from viops.ops.reversible_columns.reference import tilt
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 PLANES, ROWS = torch.contiguous_format, torch.channels_last
@@ -52,62 +54,109 @@ def step_backward(
     return x, a * grad_out, (grad_out * x).sum(dim=(0, 2, 3))
 
 
-def contenders(forward: bool) -> dict[str, Callable]:
-    formula = step if forward else step_backward
-    return {
-        "viops": viops.reversible_step if forward else viops.reversible_step_backward,
-        "eager": formula,
-        "compile": torch.compile(formula, dynamic=False),
-    }
+def split(v: Tensor) -> tuple[Tensor, Tensor]:
+    rounded = (v * tilt(FLOAT32)).float()
+    return rounded, (v - rounded.double()).float()
 
 
-def inputs_of(
-    harness: Harness,
-    shape: tuple[int, ...],
-    memory_format: torch.memory_format,
-    dtype: torch.dtype,
-    f_dtype: torch.dtype,
-    forward: bool,
-) -> list[tuple]:
-    """Cold sets: between a column's step and its way back lies the rest of the network."""
+def step_with_rest(f: Tensor, x: Tensor, x_rest: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """As one would write it: in float64, the result in two parts."""
+    return split(f.double() + alpha.double().view(1, -1, 1, 1) * (x.double() + x_rest.double()))
 
-    def make(seed: int) -> tuple[Tensor, ...]:
+
+def step_with_rest_backward(
+    out: Tensor, out_rest: Tensor, f: Tensor, alpha: Tensor, grad_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = alpha.double().view(1, -1, 1, 1)
+    x, x_rest = split((out.double() + out_rest.double() - f.double()) / a)
+    grad = grad_out.double()
+    grad_alpha = (grad * x.double()).sum(dim=(0, 2, 3)).float()
+    return x, x_rest, (a * grad).float(), grad_alpha
+
+
+@dataclass(frozen=True)
+class Form:
+    """The step or its way back; `planes` counts features read and written, f among them."""
+
+    name: str
+    operands: str
+    planes: int
+    run: Callable
+    formula: Callable
+
+    def contenders(self) -> dict[str, Callable]:
+        compiled = torch.compile(self.formula, dynamic=False)
+        return {"viops": self.run, "eager": self.formula, "compile": compiled}
+
+    def draw(
+        self,
+        harness: Harness,
+        shape: tuple[int, ...],
+        memory_format: torch.memory_format = PLANES,
+        dtype: torch.dtype = FLOAT32,
+        f_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> tuple[Tensor, ...]:
         draw = Draw(dtype, str(harness.device), seed)
 
-        def features(of: torch.dtype = dtype) -> Tensor:
-            return draw.normal(*shape, dtype=of).contiguous(memory_format=memory_format)
+        def operand(name: str) -> Tensor:
+            if name == "alpha":
+                return draw.normal(shape[1]).abs() + 0.5
+            values = draw.normal(*shape, dtype=f_dtype if name == "f" else dtype)
+            values = values * 2.0**-26 if name == "rest" else values
+            return values.contiguous(memory_format=memory_format)
 
-        alpha = draw.normal(shape[1]).abs() + 0.5
-        if forward:
-            return features(f_dtype), features(), alpha
-        return features(), features(f_dtype), alpha, features()
+        return tuple(operand(name) for name in self.operands.split())
 
-    return harness.input_sets(make, cold=True)
+
+BARE = [
+    Form("reversible_step", "f x alpha", 3, viops.reversible_step, step),
+    Form(
+        "reversible_step_backward",
+        "out f alpha grad_out",
+        5,
+        viops.reversible_step_backward,
+        step_backward,
+    ),
+]
+#: What a chain runs.
+WITH_REST = [
+    Form("step with rest", "f x rest alpha", 5, carry.step, step_with_rest),
+    Form(
+        "step with rest, backward",
+        "out rest f alpha grad_out",
+        7,
+        carry.step_backward,
+        step_with_rest_backward,
+    ),
+]
+EACH_BARE = pytest.mark.parametrize("form", BARE, ids=lambda form: form.name)
+EACH_FORM = pytest.mark.parametrize("form", BARE + WITH_REST, ids=lambda form: form.name)
 
 
 def compare(
     harness: Harness,
+    form: Form,
     shape: tuple[int, ...],
     memory_format: torch.memory_format,
-    forward: bool,
     bars: dict,
     dtype: torch.dtype = FLOAT32,
     f_dtype: torch.dtype | None = None,
     graph: bool = False,
 ) -> None:
+    """Cold sets: between a column's step and its way back lies the rest of the network."""
     f_dtype = f_dtype or dtype
-    inputs = inputs_of(harness, shape, memory_format, dtype, f_dtype, forward)
-    first = next(t for t in inputs[0] if t.dim() == 4 and t.dtype is dtype)
-    others = 2 if forward else 4  # beside f
-    what = "reversible_step" if forward else "reversible_step_backward"
+    draw = functools.partial(form.draw, harness, shape, memory_format, dtype, f_dtype)
+    inputs = harness.input_sets(lambda seed: draw(seed=seed), cold=True)
     layout = "channels_last" if memory_format is ROWS else "contiguous"
     names = [str(name).removeprefix("torch.") for name in (dtype, f_dtype)]
     mixed = f", f {names[1]}" * (f_dtype is not dtype)
+    moved = (form.planes - 1) * dtype.itemsize + f_dtype.itemsize
     harness.compare(
-        f"{what}, {list(shape)} {layout} {names[0]}{mixed}{', as a CUDA graph' * graph}",
-        contenders(forward),
+        f"{form.name}, {list(shape)} {layout} {names[0]}{mixed}{', as a CUDA graph' * graph}",
+        form.contenders(),
         inputs=inputs,
-        floor=Floor(bytes=first.numel() * (others * dtype.itemsize + f_dtype.itemsize)),
+        floor=Floor(bytes=math.prod(shape) * moved),
         bars=bars,
         other_result=("eager", "compile") if dtype is BFLOAT16 else (),  # they round on the way
         calls=CALLS_ON_GPU if graph else len(inputs),
@@ -122,163 +171,67 @@ def compare(
     ids=["first", "last"],
 )
 @pytest.mark.parametrize("memory_format", [PLANES, ROWS], ids=["planes", "rows"])
-@pytest.mark.parametrize("forward", [False, True], ids=["backward", "forward"])
+@EACH_FORM
 def bench_reversible_step(
     harness: Harness,
-    forward: bool,
+    form: Form,
     memory_format: torch.memory_format,
     shape: tuple[int, ...],
     bars: dict,
 ) -> None:
-    compare(harness, shape, memory_format, forward, {"cpu": bars})
+    compare(harness, form, shape, memory_format, {"cpu": bars})
 
 
 @on_cpu
 @pytest.mark.parametrize(
     ("dtype", "f_dtype"), [(BFLOAT16, BFLOAT16), (FLOAT32, BFLOAT16)], ids=["bfloat16", "mixed"]
 )
-@pytest.mark.parametrize("forward", [False, True], ids=["backward", "forward"])
+@EACH_BARE
 def bench_reversible_step_of_half_types(
-    harness: Harness, forward: bool, dtype: torch.dtype, f_dtype: torch.dtype
+    harness: Harness, form: Form, dtype: torch.dtype, f_dtype: torch.dtype
 ) -> None:
-    compare(harness, FIRST, ROWS, forward, {}, dtype, f_dtype)
+    compare(harness, form, FIRST, ROWS, {}, dtype, f_dtype)
 
 
 @on_cuda
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 @pytest.mark.parametrize("memory_format", [PLANES, ROWS], ids=["planes", "rows"])
-@pytest.mark.parametrize("forward", [False, True], ids=["backward", "forward"])
+@EACH_BARE
 def bench_reversible_step_on_gpu(
-    harness: Harness, forward: bool, memory_format: torch.memory_format, dtype: torch.dtype
+    harness: Harness, form: Form, memory_format: torch.memory_format, dtype: torch.dtype
 ) -> None:
     """As a CUDA graph, so that kernels and not launches are timed: at least 0.75 of the copy."""
     bars = {"floor": ("<=", 1 / 0.75), "compile": (">=", 1.0)}
-    compare(harness, FIRST_ON_GPU, memory_format, forward, {"cuda": bars}, dtype, graph=True)
+    compare(harness, form, FIRST_ON_GPU, memory_format, {"cuda": bars}, dtype, graph=True)
 
 
-def split(v: Tensor) -> tuple[Tensor, Tensor]:
-    rounded = v.float()
-    return rounded, (v - rounded.double()).float()
+@on_cuda
+@pytest.mark.parametrize("form", WITH_REST, ids=lambda form: form.name)
+def bench_reversible_step_with_rest_on_gpu(harness: Harness, form: Form) -> None:
+    compare(harness, form, FIRST_ON_GPU, ROWS, {"cuda": {"floor": ("<=", 1 / 0.75)}}, graph=True)
 
 
-def step_with_rest(
-    f: Tensor, x: Tensor, x_rest: Tensor | None, alpha: Tensor
-) -> tuple[Tensor, Tensor]:
-    """As one would write it: in float64, the result in two parts."""
-    v = x.double() if x_rest is None else x.double() + x_rest.double()
-    return split(f.double() + alpha.double().view(1, -1, 1, 1) * v)
-
-
-def step_with_rest_backward(
-    out: Tensor, out_rest: Tensor, f: Tensor, alpha: Tensor, grad_out: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a = alpha.double().view(1, -1, 1, 1)
-    x, x_rest = split((out.double() + out_rest.double() - f.double()) / a)
-    grad = grad_out.double()
-    grad_alpha = (grad * x.double()).sum(dim=(0, 2, 3)).float()
-    return x, x_rest, (a * grad).float(), grad_alpha
-
-
-def contenders_with_rest(forward: bool) -> dict[str, Callable]:
-    formula = step_with_rest if forward else step_with_rest_backward
-    return {
-        "viops": carry.step if forward else carry.step_backward,
-        "eager": formula,
-        "compile": torch.compile(formula, dynamic=False),
-    }
-
-
-def inputs_with_rest(
-    harness: Harness,
-    shape: tuple[int, ...],
-    memory_format: torch.memory_format,
-    forward: bool,
-    cold: bool = True,
-) -> list[tuple]:
-    def make(seed: int) -> tuple[Tensor, ...]:
-        draw = Draw(FLOAT32, str(harness.device), seed)
-        features = [
-            draw.normal(*shape).contiguous(memory_format=memory_format)
-            for _ in range(3 if forward else 4)
-        ]
-        features[2 if forward else 1] *= 2.0**-26  # the rest
-        return *features[:3], draw.normal(shape[1]).abs() + 0.5, *features[3:]
-
-    return harness.input_sets(make, cold=True) if cold else [make(0)]
-
-
-@on_cpu
-@pytest.mark.parametrize(
-    ("shape", "bars"),
-    [(FIRST, {"floor": ("<=", 1.3), "compile": (">=", 1.0)}), (LAST, {})],
-    ids=["first", "last"],
-)
-@pytest.mark.parametrize("memory_format", [PLANES, ROWS], ids=["planes", "rows"])
-@pytest.mark.parametrize("forward", [False, True], ids=["backward", "forward"])
-def bench_reversible_step_with_rest(
-    harness: Harness,
-    forward: bool,
-    memory_format: torch.memory_format,
-    shape: tuple[int, ...],
-    bars: dict,
-) -> None:
-    """What a chain runs: three reads and two writes, or four and three."""
-    inputs = inputs_with_rest(harness, shape, memory_format, forward)
-    what = "step with rest" if forward else "step with rest, backward"
-    layout = "channels_last" if memory_format is ROWS else "contiguous"
+def compare_tiny(harness: Harness, title: str, form: Form, inputs: tuple, most: float) -> None:
     harness.compare(
-        f"{what}, {list(shape)} {layout} float32",
-        contenders_with_rest(forward),
-        inputs=inputs,
-        floor=Floor(bytes=inputs[0][0].nbytes * (5 if forward else 7)),
-        bars={"cpu": bars},
-        calls=len(inputs),
-    )
-
-
-@on_cpu
-@pytest.mark.parametrize("forward", [False, True], ids=["backward", "forward"])
-def bench_reversible_step_with_rest_overhead(harness: Harness, forward: bool) -> None:
-    functions = contenders_with_rest(forward)
-    harness.compare(
-        f"step with rest{', backward' * (not forward)}, a tiny call: [1, 4, 2, 2] float32",
-        {name: functions[name] for name in ("viops", "eager")},
-        inputs=inputs_with_rest(harness, (1, 4, 2, 2), PLANES, forward, cold=False),
-        bars={"cpu": {"viops": ("<=", 12e-6)}},
-        calls=100,
-    )
-
-
-@on_cpu
-@pytest.mark.parametrize("forward", [False, True], ids=["backward", "forward"])
-def bench_reversible_step_overhead(harness: Harness, forward: bool) -> None:
-    draw = Draw(FLOAT32, str(harness.device))
-    features = [draw.normal(1, 4, 2, 2) for _ in range(3)]
-    alpha = draw.normal(4).abs() + 0.5
-    inputs = (*features[:2], alpha) if forward else (*features[:2], alpha, features[2])
-    functions = contenders(forward)
-    what = "reversible_step" if forward else "reversible_step_backward"
-    harness.compare(
-        f"{what}, a tiny call: [1, 4, 2, 2] float32",
-        {name: functions[name] for name in ("viops", "eager")},
+        f"{title}, a tiny call: [1, 4, 2, 2] float32",
+        {"viops": form.run, "eager": form.formula},
         inputs=[inputs],
-        bars={"cpu": {"viops": ("<=", 12e-6)}},
+        bars={"cpu": {"viops": ("<=", most)}},
         calls=100,
     )
+
+
+@on_cpu
+@EACH_FORM
+def bench_reversible_step_overhead(harness: Harness, form: Form) -> None:
+    compare_tiny(harness, form.name, form, form.draw(harness, (1, 4, 2, 2)), 12e-6)
 
 
 @on_cpu
 def bench_reversible_step_overhead_with_grad(harness: Harness) -> None:
-    draw = Draw(FLOAT32, str(harness.device))
-    f, x = (draw.normal(1, 4, 2, 2).requires_grad_() for _ in range(2))
-    alpha = (draw.normal(4).abs() + 0.5).requires_grad_()
-    harness.compare(
-        "reversible_step with requires_grad, a tiny call: [1, 4, 2, 2] float32",
-        {"viops": viops.reversible_step, "eager": step},
-        inputs=[(f, x, alpha)],
-        bars={"cpu": {"viops": ("<=", 30e-6)}},
-        calls=100,
-    )
+    form = BARE[0]
+    inputs = tuple(t.requires_grad_() for t in form.draw(harness, (1, 4, 2, 2)))
+    compare_tiny(harness, f"{form.name} with requires_grad", form, inputs, 30e-6)
 
 
 def revcol(num_columns: int | None, name: str = "revcol_t", **options: object) -> RevCol:
@@ -342,6 +295,7 @@ def bench_revcol(harness: Harness, name: str, batch: int, dtype: torch.dtype, ba
         bars={harness.device.type: bars},
         # reversible in float32, errors grow with the columns; in bfloat16 all of them round
         other_result=[key for key in models if key != "viops" and dtype is BFLOAT16],
+        patience=3,  # by its operations alone it would take 4/3 of the stored form's time
     )
     rates = [f"{key} {batch / row['best']:.3g}" for key, row in record["contenders"].items()]
     record["notes"]["images/s"] = ", ".join(rates)

@@ -161,6 +161,7 @@ class Harness:
         calls: int = 1,
         graph: bool = False,
         keep_heap: bool = False,
+        patience: int = 1,
         notes: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """Times the contenders and returns the record that also goes into the JSON.
@@ -180,6 +181,8 @@ class Harness:
             keep_heap: whether large outputs, too, come from memory that is already mapped, for all
                 contenders alike.  By default those over 32 MB are mapped and faulted at each
                 call, as in a user's own process.
+            patience: how many times the usual number of rounds there are, for a ratio that noise
+                would carry across its bar.
             notes: further measures to print.
         """
         limits = (bars or {}).get(self.device.type, {})
@@ -202,7 +205,7 @@ class Harness:
                     )
             timed |= self._floor_contenders(floor, calls, len(inputs))
             self._benchmark.has_error = True  # an interrupted bench has no place in the JSON
-            samples = self._run_rounds(timed)
+            samples = self._run_rounds(timed, patience)
         measured: dict[str, dict[str, Any]] = {name: _summary(samples[name]) for name in contenders}
         measured |= {name: {"error": text} for name, text in errors.items()}
         record: dict[str, Any] = {
@@ -271,6 +274,9 @@ class Harness:
         if self._only_viops:
             measures, limits = {"viops": measures["viops"]}, {}
         numbers = {name: measure() for name, measure in measures.items()}
+        for name, number in numbers.items():
+            if not 0 < number < float("inf"):
+                raise ValueError(f"{name}: expected a number above 0 to compare, got {number}")
         self._benchmark.pedantic(measures["viops"], rounds=1)
         record: dict[str, Any] = {
             "op": self._op,
@@ -349,7 +355,7 @@ class Harness:
                 run()
         return timed
 
-    def _run_rounds(self, timed: Mapping[str, Timed]) -> dict[str, list[Sample]]:
+    def _run_rounds(self, timed: Mapping[str, Timed], patience: int) -> dict[str, list[Sample]]:
         """One sample a round of each contender."""
         samples: dict[str, list[Sample]] = {name: [] for name in timed}
         others = [name for name in timed if name != "viops"]
@@ -373,7 +379,7 @@ class Harness:
             start = time.perf_counter()
             run_others()
             run("viops")
-            rounds = self._num_rounds(time.perf_counter() - start)
+            rounds = patience * self._num_rounds(time.perf_counter() - start)
             # what pytest-benchmark times is the sample of viops: its statistics are of that
             self._benchmark.pedantic(run, args=("viops",), setup=run_others, rounds=rounds)
         return samples

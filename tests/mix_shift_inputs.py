@@ -9,7 +9,7 @@ import torch
 from poison import moved
 from torch import Tensor
 from viops.cases import Draw
-from viops.ops.mix_shift import reference
+from viops.tensors import accumulation_dtype
 
 
 class Inputs(NamedTuple):
@@ -45,7 +45,7 @@ def draw_inputs(
     norm_bias: bool,
 ) -> Inputs:
     """Such that results are about 1; `laid_out` changes the strides of x and grad."""
-    draw, small = Draw(dtype, seed=1), Draw(reference.accumulation_dtype(dtype), seed=2)
+    draw, small = Draw(dtype, seed=1), Draw(accumulation_dtype(dtype), seed=2)
     channels = shape[1]
     sizes = [part.shape[0] for part in torch.zeros(channels).chunk(len(kernels))]
 

@@ -200,26 +200,44 @@ def check_half_precision(model: nn.Module) -> None:
     assert all(grad.isfinite().all() for grad in gradients(model, mixed.float()))
 
 
-def check_compile(model: nn.Module, images: Tensor) -> None:
-    """Without graph breaks, and with drop path, which draws what it draws in eager mode."""
+def check_compile(model: nn.Module, images: Tensor, parts: type[nn.Module] | None = None) -> None:
+    """Without graph breaks, and with drop path, which draws what it draws in eager mode.
+
+    Of the whole model, or of its parts of this kind.
+    """
     torch.manual_seed(2)
     expected = model(images)
     grads = gradients(model, expected)
     assert not torch.allclose(model(images), expected)  # something was dropped
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for module in [model] if parts is None else model.modules():
+        if parts is None or isinstance(module, parts):
+            module.compile(fullgraph=True, backend="aot_eager")
     torch.manual_seed(2)
-    out = compiled(images)
+    out = model(images)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     for got, grad in zip(gradients(model, out), grads, strict=True):
         assert (got - grad).norm() <= 1e-3 * grad.norm() + 1e-4
 
 
+def check_int16_layers_are_called(model: nn.Module) -> None:
+    """Convolutions that are no longer torch's own are not read, but called."""
+    images = torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    viops.patch.int16(model, scaling="max")
+    with torch.no_grad():
+        error = (model(images) - expected).norm() / expected.norm()
+    assert 0 < error < 5e-3
+    assert torch.equal(viops.patch.undo(model)(images), expected)
+
+
 # timm
 
 
-def check_timm_creates(name: str, configs: Iterable[str], kind: type[nn.Module]) -> Any:
-    """timm lists all these names of configs, and makes a model of this one, which is returned."""
+def check_timm_creates(
+    name: str, configs: Iterable[str], kind: type[nn.Module], crop_pct: float
+) -> None:
+    """timm lists all these names of configs, and makes a model of this one."""
     timm = pytest.importorskip("timm", reason="timm is not installed")
     assert {f"viops_{each}" for each in configs} <= set(timm.list_models("viops_*"))
     options = {"num_classes": 7, "in_chans": 1, "drop_rate": 0.1, "drop_path_rate": 0.3}
@@ -228,8 +246,11 @@ def check_timm_creates(name: str, configs: Iterable[str], kind: type[nn.Module])
     assert model(torch.randn(1, 1, 32, 32)).shape == (1, 7)
     assert model.head_drop.p == 0.1
     assert drop_paths(model)[-1] == pytest.approx(0.3)
-    assert model.pretrained_cfg["input_size"] == (3, 224, 224)
-    return model
+    cfg = model.pretrained_cfg
+    assert cfg["input_size"] == (3, 224, 224)
+    assert cfg["crop_pct"] == crop_pct
+    assert isinstance(model.get_submodule(cfg["first_conv"]), nn.Conv2d)
+    assert model.get_submodule(cfg["classifier"]) is model.get_classifier()
 
 
 def check_timm_backbone(name: str, channels: tuple[int, int]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +46,39 @@ def make(
         levels = [Level(j, i == 0, extra(channels)) for j, channels in enumerate(CHANNELS)]
         columns.append(ReversibleColumn(levels, CHANNELS))
     network = ReversibleColumns(columns, **options).double()
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if "alpha" in name:
-                parameter.uniform_(0.4, 1.2)
+    for alpha in alphas(network):
+        nn.init.uniform_(alpha, 0.4, 1.2)
     return network
+
+
+def alphas(network: nn.Module) -> list[nn.Parameter]:
+    return [parameter for name, parameter in network.named_parameters() if "alpha" in name]
+
+
+def levels(network: ReversibleColumns) -> list[nn.Module]:
+    return [level for column in network.columns for level in column.levels]
+
+
+@contextmanager
+def rebuilt_to_the_bit(levels: list[nn.Module]) -> Iterator[None]:
+    """A pass forward and back, in which each level is called again with the inputs that it had."""
+    seen: dict[nn.Module, list[Tensor | None]] = {}
+    again: list[nn.Module] = []
+
+    def note(level: nn.Module, inputs: tuple[Tensor | None, ...]) -> None:
+        kept = [t if t is None else t.detach().clone() for t in inputs]
+        if level not in seen:
+            seen[level] = kept
+            return
+        for before, now in zip(seen[level], kept, strict=True):
+            assert (before is None and now is None) or torch.equal(before, now)
+        again.append(level)
+
+    handles = [level.register_forward_pre_hook(note) for level in levels]
+    yield
+    assert again == levels[::-1]
+    for handle in handles:
+        handle.remove()
 
 
 def images(batch: int = 2) -> Tensor:
@@ -67,7 +96,7 @@ def gradients(
     network: nn.Module, loss: Callable[[Tensor], Tensor] | None = None, x: Tensor | None = None
 ) -> dict[str, Tensor | None]:
     """The loss, and gradients to the input and all parameters, after torch.manual_seed(11)."""
-    x = (images() if x is None else x).clone().requires_grad_()
+    x = (images() if x is None else x).detach().clone().requires_grad_()
     network.zero_grad()
     torch.manual_seed(11)
     value = loss_of(network(x)) if loss is None else loss(x)

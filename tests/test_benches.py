@@ -67,7 +67,7 @@ class FakeBenchmark:
     def __init__(self) -> None:
         self.extra_info = {}
 
-    def pedantic(self, target, args, setup, rounds):
+    def pedantic(self, target, args=(), setup=lambda: None, rounds=1):
         for _ in range(rounds):
             setup()
             target(*args)
@@ -117,6 +117,33 @@ def test_record_holds_ratios_floor_and_bars():
     assert record["bars"][1]["measured"] == pytest.approx(best["viops"] / record["floor"]["best"])
 
 
+def test_numbers_that_are_no_times():
+    numbers = {"viops": 2e-6, "official form": 8e-6, "stored": 1e-6}
+    harness = make_harness()
+    record = harness.compare_numbers(
+        "drift",
+        {name: lambda number=number: number for name, number in numbers.items()},
+        what="relative error",
+        unit="",
+        bars={
+            "cpu": {"viops": ("<=", 1e-5), "official form": (">=", 5), "stored": ("<=", 2.5)},
+            "cuda": {"viops": ("<=", 0)},
+        },
+        notes={"columns": "8"},
+    )
+    assert {name: row["best"] for name, row in record["contenders"].items()} == numbers
+    assert record["ratios"] == pytest.approx({"official form": 4, "stored": 0.5})
+    assert [bar["met"] for bar in record["bars"]] == [True, False, True]
+    assert [bar["measured"] for bar in record["bars"]] == pytest.approx([2e-6, 4, 2])
+    lines = tables.format_record(record).splitlines()
+    assert lines[2].split() == "viops 2e-06 at most 1e-05: met".split()
+    assert lines[3].split() == "official form 8e-06 4.00 x less at least 5 x: MISSED".split()
+    assert lines[4].split() == "stored 1e-06 2.00 x that at most 2.5 x: met".split()
+    assert lines[5:] == ["  relative error", "  columns: 8"]
+    with pytest.raises(ValueError, match="eager: expected a number above 0 to compare, got 0"):
+        harness.compare_numbers("none", {"viops": lambda: 1, "eager": lambda: 0}, what="", unit="")
+
+
 def test_floor_is_the_longer_of_moving_and_computing():
     samples = {
         "copy": [harness_module.Sample(0.002, 0), harness_module.Sample(0.001, 0)],
@@ -134,7 +161,8 @@ def test_floor_is_the_longer_of_moving_and_computing():
 def test_contenders_are_interleaved_in_changing_order():
     calls = []
     contenders = {name: (lambda name=name: calls.append(name)) for name in ("viops", *"abcd")}
-    rounds = make_harness(min_rounds=12).compare("order", contenders)["rounds"]
+    rounds = make_harness(min_rounds=4).compare("order", contenders, patience=3)["rounds"]
+    assert rounds > 3 * 4
     timed = calls[-5 * rounds :]
     orders = [tuple(timed[start : start + 5]) for start in range(0, len(timed), 5)]
     assert all(sorted(order) == sorted(contenders) for order in orders)

@@ -12,7 +12,7 @@ import viops
 from viops import catalog, dispatch, native, triton_runtime
 from viops.cli import bench, demo, main
 from viops.cli.demo_picture import dim_fused
-from viops.cli.measure import peak_bytes
+from viops.cli.measure import held_bytes, peak_bytes
 
 PYTHON_M_VIOPS = "import runpy; runpy.run_module('viops', run_name='__main__', alter_sys=True)"
 
@@ -304,6 +304,20 @@ def test_peak_bytes_counts_what_is_held_at_once():
         return second.data_ptr() + third.data_ptr()
 
     assert size * 2 <= peak_bytes(run, "cpu") <= size * 2 + 4096
+
+
+def test_held_bytes_counts_what_the_result_keeps_alive():
+    size = 1 << 20
+    x = torch.ones(size // 4, requires_grad=True)
+
+    def run():
+        dropped = torch.empty(3 * size, dtype=torch.uint8)
+        return x.exp() + dropped.sum()
+
+    # the sum, and the exponential that waits for backward
+    assert size * 2 <= held_bytes(run, "cpu") <= size * 2 + 4096
+    assert held_bytes(lambda: torch.empty(size, dtype=torch.uint8).sum(), "cpu") <= 4096
+    assert held_bytes(lambda: None, "cpu") == 0
 
 
 def test_doctor_tells_of_ops_without_a_kernel_on_the_gpu(monkeypatch):

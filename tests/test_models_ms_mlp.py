@@ -182,25 +182,14 @@ def test_compile_without_graph_breaks() -> None:
 
 
 def test_int16_layers_in_it_are_called() -> None:
-    """Convolutions that are no longer torch's own are not read, but called."""
-    model, images = tiny(), torch.randn(2, 3, 64, 64)
-    expected = model(images)
-    viops.patch.int16(model, scaling="max")
-    with torch.no_grad():
-        error = (model(images) - expected).norm() / expected.norm()
-    assert 0 < error < 5e-3
-    assert torch.equal(viops.patch.undo(model)(images), expected)
+    model_checks.check_int16_layers_are_called(tiny())
 
 
 # timm
 
 
 def test_timm_creates_them() -> None:
-    model = model_checks.check_timm_creates("ms_mlp_t", CONFIGS, MSMLP)
-    cfg = model.pretrained_cfg
-    assert cfg["crop_pct"] == 0.875
-    assert isinstance(model.get_submodule(cfg["first_conv"]), nn.Conv2d)
-    assert model.get_submodule(cfg["classifier"]) is model.get_classifier()
+    model_checks.check_timm_creates("ms_mlp_t", CONFIGS, MSMLP, crop_pct=0.875)
 
 
 def test_timm_makes_them_backbones() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -66,8 +67,13 @@ class GridLinear(nn.Linear):
         return grid_linear(x, self.weight, self.bias)
 
 
+def is_read(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `call_linear` reads the layer's weight and bias, and does not call it."""
+    return type(layer) is nn.Linear and is_bare(layer) and not are_watched()
+
+
 def call_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """The layer's result for x [B, h, w, C]; torch's own Linear is read, not called."""
-    if type(layer) is nn.Linear and is_bare(layer) and not are_watched():
+    if is_read(layer):
         return grid_linear(x, layer.weight, layer.bias)
     return layer(x)

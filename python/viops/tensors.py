@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are held in: float64 for float64, else float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
+def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype that sums are held in: float64 where an operand has it, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -19,6 +19,7 @@ from tolerances import assert_matches
 from torch import Tensor
 from viops.cases import Draw
 from viops.ops.batch_channel_norm import cases, reference
+from viops.tensors import accumulation_dtype
 
 B, C, S, G = 3, 6, 35, 2
 CONSTANTS, OF_BATCH, ESTIMATE = reference.CONSTANTS, reference.OF_BATCH, reference.ESTIMATE
@@ -40,7 +41,7 @@ def forward_inputs(
     x: Tensor, num_groups: int, mode: int, relu: bool, residual: Tensor | None
 ) -> dict[str, object]:
     """Good inputs of forward, in its order."""
-    draw = Draw(reference.accumulation_dtype(x.dtype), seed=3)
+    draw = Draw(accumulation_dtype(x.dtype), seed=3)
     channels = x.shape[1]
 
     def positive(size: int) -> Tensor:
@@ -72,7 +73,7 @@ def blank_like(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def scratch_of(x: Tensor, pieces: int = 4) -> Tensor:
-    dtype = reference.accumulation_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     return amid(torch.full((pieces + 1, 2, *x.shape[:2]), float("nan"), dtype=dtype))
 
 
@@ -89,7 +90,7 @@ def expected_forward(inputs: dict[str, object]) -> dict[str, Tensor]:
 def backward_inputs(inputs: dict[str, object], count: int | None = None) -> dict[str, object]:
     """Good inputs of backward, in its order, for what `forward_inputs` made."""
     x = inputs["x"]
-    dtype = reference.accumulation_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     saved = {k: v.to(dtype) for k, v in expected_forward(inputs).items() if k != "y"}
     # a little along ones and x: sums are not near zero, nor much larger than what is left of them
     grad_y = (Draw(x.dtype, seed=4).normal(*x.shape) + 0.02 * x + 0.02).to(x.dtype)
@@ -121,7 +122,7 @@ def expected_backward(inputs: dict[str, object]) -> dict[str, Tensor]:
 def blank_outputs(name: str, inputs: dict[str, object]) -> dict[str, Tensor]:
     """What a function writes into, full of NaN amid the same."""
     x = inputs["x"]
-    dtype = reference.accumulation_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     expected = expected_forward(inputs) if name == FORWARD else expected_backward(inputs)
     like_x = ("y", "grad_x", "grad_residual")
     return blank_like(

@@ -13,6 +13,7 @@ from torch import Tensor
 from viops import native
 from viops.cases import Draw, amid_nan
 from viops.ops.decayed_attention import cases, reference
+from viops.tensors import accumulation_dtype
 
 B, H, HEIGHT, WIDTH, D, DV = 2, 3, 4, 5, 6, 7
 
@@ -24,7 +25,7 @@ BOTH = pytest.mark.parametrize("axial", [False, True])
 
 def outputs_of(name: str, dtype: torch.dtype, axial: bool) -> dict[str, Tensor | None]:
     """What a function writes into, full of NaN amid the same."""
-    wide = reference.accumulation_dtype(dtype)
+    wide = accumulation_dtype(dtype)
 
     def blank(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return amid(torch.full(shape, float("nan"), dtype=dtype))
@@ -51,7 +52,7 @@ def arguments_of(
 ) -> dict[str, object]:
     """Good arguments of an extension function, in its order."""
     draw = Draw(dtype)
-    wide = reference.accumulation_dtype(dtype)
+    wide = accumulation_dtype(dtype)
     q, k, v, log_decay = cases.inputs(draw, B, H, HEIGHT, WIDTH, D, DV)
     log_decay = log_decay.to(wide).expand(B, H)
     sin, cos = (t.to(wide).expand(B, 1, *t.shape) for t in cases.angles(HEIGHT, WIDTH, D)(draw))

@@ -14,6 +14,7 @@ from triton_compiled import run_python
 from viops import dispatch, triton_runtime
 from viops.cases import Draw
 from viops.ops.decayed_attention import cases, reference
+from viops.tensors import accumulation_dtype
 
 OP = "decayed_attention"
 
@@ -105,11 +106,11 @@ def test_what_is_beyond_the_queries_adds_nothing(
 def test_logsumexp_is_natural_and_inner_is_kept(dtype: torch.dtype, axial: bool) -> None:
     draw = Draw(dtype)
     q, k, v, log_decay = cases.inputs(draw, 2, 3, 4, 5, 8)
-    log_decay = log_decay.to(reference.accumulation_dtype(dtype)).expand(2, 3)
+    log_decay = log_decay.to(accumulation_dtype(dtype)).expand(2, 3)
     found = dispatch._kernels[OP]["triton"].forward(q, k, v, log_decay, None, None, axial, 0.5)
     wide = (tensor.double() for tensor in (q, k, v, log_decay))
     expected = reference.decayed_attention_forward(*wide, None, None, axial, 0.5)
-    dtypes = dtype, reference.accumulation_dtype(dtype), dtype
+    dtypes = dtype, accumulation_dtype(dtype), dtype
     names = "out", "logsumexp", "inner"
     for name, a, b, wanted in zip(names, found, expected, dtypes, strict=True):
         assert a.dtype == wanted
@@ -185,13 +186,14 @@ def test_backward_is_guarded(
 
 DEFINITIONS = """
 from viops.ops.decayed_attention import cases, op, triton_blocks, triton_kernels, triton_lines
+from viops.tensors import accumulation_dtype
 modules = [triton_blocks, triton_lines]
 
 def call(dtype, axial, shape, head_dim, value_dim=None):
     compiled.clear()
     draw = Draw(dtype)
     q, k, v, log_decay = cases.inputs(draw, *shape, head_dim, value_dim)
-    wide = op.reference.accumulation_dtype(dtype)
+    wide = accumulation_dtype(dtype)
     log_decay = log_decay.to(wide).expand(q.shape[:2])
     sin, cos = None, None
     if head_dim % 2 == 0:

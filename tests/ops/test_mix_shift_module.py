@@ -214,6 +214,31 @@ def test_nothing_is_copied_after_the_mixing(name: str, monkeypatch: pytest.Monke
     assert calls[begin:].count("add") == 1
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_without_gradients_the_block_overwrites_what_is_its_own(name: str, training: bool) -> None:
+    """And nothing else; the bits are those that there are with gradients."""
+    block, x = make(name, drop_path=0.5).train(training), grids()
+    before = x.clone()
+    torch.manual_seed(0)
+    expected = block(x)
+    torch.manual_seed(0)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        out = block(x)
+    assert {"aten::gelu_", "aten::add_"} <= {event.key for event in profile.key_averages()}
+    assert torch.equal(out, expected)
+    assert out.stride() == expected.stride()
+    assert torch.equal(x, before)
+    for key in ("pwconv1", "act", "pwconv2", "drop_path"):
+        block, kept = make(name, drop_path=0.5).train(training), []
+        block.get_submodule(key).register_forward_hook(
+            lambda _, __, out, kept=kept: kept.append((out, out.clone()))
+        )
+        with torch.no_grad():
+            block(x)
+        ((seen, as_it_was),) = kept
+        assert torch.equal(seen, as_it_was), key
+
+
 # modules within
 
 

@@ -13,11 +13,14 @@ from reversible_networks import (
     CHANNELS,
     CLOSE,
     Level,
+    alphas,
     assert_same,
     gradients,
     images,
+    levels,
     loss_of,
     make,
+    rebuilt_to_the_bit,
     stored,
 )
 from torch import Tensor, nn
@@ -360,9 +363,8 @@ def test_levels_that_are_shared() -> None:
 def test_compiled_levels() -> None:
     network = make(2)
     expected = gradients(stored(network))
-    for column in network.columns:
-        for level in column.levels:
-            level.compile(backend="aot_eager", fullgraph=True)
+    for level in levels(network):
+        level.compile(backend="aot_eager", fullgraph=True)
     assert_same(gradients(network), expected)
 
 
@@ -443,26 +445,11 @@ def test_small_alphas_count_as_a_thousandth_and_stay_as_they_are(value: float) -
 def test_what_is_rebuilt_is_what_was(dtype, memory_format, num_columns) -> None:
     """To the bit: each level is called in backward with the inputs that it had."""
     network = make(num_columns).to(dtype, memory_format=memory_format)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if "alpha" in name:
-                parameter.fill_(0.5)
+    for alpha in alphas(network):
+        nn.init.constant_(alpha, 0.5)
     x = images().to(dtype).contiguous(memory_format=memory_format).requires_grad_()
-    seen: dict = {}
-
-    def note(level: nn.Module, inputs: tuple) -> None:
-        kept = [t if t is None else t.detach().clone() for t in inputs]
-        if level not in seen:
-            seen[level] = kept
-            return
-        for before, now in zip(seen.pop(level), kept, strict=True):
-            assert (before is None and now is None) or torch.equal(before, now)
-
-    for column in network.columns:
-        for level in column.levels:
-            level.register_forward_pre_hook(note)
-    loss_of(network(x)).backward()
-    assert not seen
+    with rebuilt_to_the_bit(levels(network)):
+        loss_of(network(x)).backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -472,10 +459,8 @@ def test_gradients_do_not_drift(dtype: torch.dtype) -> None:
     In float32 they would be off by 1e-2, were features rebuilt from what is rounded.
     """
     network = make(16)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if "alpha" in name:
-                parameter.fill_(0.625)
+    for alpha in alphas(network):
+        nn.init.constant_(alpha, 0.625)
     network = network.to(dtype).double()  # of weights that the dtype has
     truth = gradients(stored(network), x=images().to(dtype).double())
     network = network.to(dtype)

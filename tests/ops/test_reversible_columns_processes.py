@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from reversible_networks import CLOSE, assert_same, images, loss_of, make
+from reversible_networks import CLOSE, assert_same, images, levels, loss_of, make
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -74,9 +74,8 @@ def test_fully_sharded(one_process: None, parts: str, reshard: bool) -> None:
     model, alone = Model(reversible=True), Model(reversible=False)
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     if parts == "levels":
-        for column in model.network.columns:
-            for level in column.levels:
-                fully_shard(level, mesh=mesh, reshard_after_forward=reshard)
+        for level in levels(model.network):
+            fully_shard(level, mesh=mesh, reshard_after_forward=reshard)
     elif parts != "whole":
         fully_shard(model.network, mesh=mesh, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, reshard_after_forward=reshard)

@@ -7,7 +7,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from reversible_networks import assert_same, gradients, images, loss_of, make, stored
+from reversible_networks import (
+    assert_same,
+    gradients,
+    images,
+    levels,
+    loss_of,
+    make,
+    rebuilt_to_the_bit,
+    stored,
+)
 from torch import Tensor, nn
 from viops.nn import ReversibleColumn, ReversibleColumns
 
@@ -226,23 +235,10 @@ def test_lazy_parameters_run_stored_once() -> None:
 def test_streams_of_growing_dtypes_are_rebuilt_to_the_bit() -> None:
     """Under autocast the first column's features are half, and the others float32."""
     network = make(6).float()
-    seen: dict = {}
-
-    def note(level: nn.Module, inputs: tuple) -> None:
-        kept = [t if t is None else t.detach().clone() for t in inputs]
-        if level not in seen:
-            seen[level] = kept
-            return
-        for before, now in zip(seen.pop(level), kept, strict=True):
-            assert (before is None and now is None) or torch.equal(before, now)
-
-    for column in network.columns:
-        for level in column.levels:
-            level.register_forward_pre_hook(note)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = loss_of(network(images().float().requires_grad_()))
-    loss.backward()
-    assert not seen
+    with rebuilt_to_the_bit(levels(network)):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(network(images().float().requires_grad_()))
+        loss.backward()
 
 
 def test_features_of_two_axes() -> None:

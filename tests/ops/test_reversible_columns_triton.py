@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import functools
 from pathlib import Path
 
 import pytest
 import torch
+import triton_compiled
 from contract import DTYPES, case_id
 from tolerances import assert_matches
 from torch import Tensor
@@ -22,21 +21,6 @@ interpreted = pytest.mark.skipif(
     reason="Triton compiles here: the contract's rows run on the GPU",
 )
 LAYOUTS = pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
-
-
-def run_python(code: str, **environment: str) -> str:
-    """What a Python process of its own prints, with Triton's interpreter off unless asked for."""
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**inherited, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def laid_out(x: Tensor, last: bool) -> Tensor:
@@ -107,31 +91,19 @@ def test_the_step_is_guarded_without_the_public_function() -> None:
 
 # The kernels compiled for a GPU that need not be there.
 
-COMPILED = """
-import re
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+DEFINITIONS = """
 from viops.ops.reversible_columns import carry, op, triton_kernels
 
-class Driver:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
+modules = [triton_kernels]
 
-driver.set_active(Driver())
-compiled = []
-kernels = [value for name, value in vars(triton_kernels).items() if name.endswith("_kernel")]
-for kernel in kernels:
-    def compile_only(*args, run=kernel.run, warmup, **options):
-        compiled.append(run(*args, warmup=True, **options))
-    kernel.run = compile_only
-
-def call(shape, last, dtype=torch.float32, f_dtype=None):
+def operands(shape, last, dtype, f_dtype):
     compiled.clear()
     x = torch.empty(shape, dtype=dtype)
     x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
-    f, alpha = x.to(f_dtype or dtype), torch.empty(shape[1], dtype=dtype)
+    return x, x.to(f_dtype or dtype), torch.empty(shape[1], dtype=dtype)
+
+def call(shape, last, dtype=torch.float32, f_dtype=None):
+    x, f, alpha = operands(shape, last, dtype, f_dtype)
     op._triton_forward(f, x, alpha)
     op._triton_backward(x, x, f, alpha, True, True)
     for needs in ((True, True), (True, False), (False, True)):
@@ -139,10 +111,8 @@ def call(shape, last, dtype=torch.float32, f_dtype=None):
     return list(compiled)
 
 def call_with_rest(shape, last, dtype=torch.float32, f_dtype=None):
-    compiled.clear()
-    x = torch.empty(shape, dtype=dtype)
-    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
-    f, alpha, rest = x.to(f_dtype or dtype), torch.empty(shape[1], dtype=dtype), x.float()
+    x, f, alpha = operands(shape, last, dtype, f_dtype)
+    rest = x.float()
     for factors in (alpha, None):
         for x_rest in (rest, None):
             carry._triton_forward(f, x, x_rest, factors)
@@ -150,17 +120,9 @@ def call_with_rest(shape, last, dtype=torch.float32, f_dtype=None):
     for need_rest in (True, False):
         carry._triton_backward(x, rest, f, alpha, x, need_rest)
     return list(compiled)
-
-def variants():
-    return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
-
-{body}
 """
 
-
-def run_compiled(body: str, cache: Path) -> str:
-    """Runs `body` with kernels that are compiled and not launched."""
-    return run_python(COMPILED.replace("{body}", body), TRITON_CACHE_DIR=str(cache))
+run_compiled = functools.partial(triton_compiled.run_compiled, DEFINITIONS)
 
 
 def test_a_new_batch_compiles_nothing(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from poison import amid, surroundings
 from torch import Tensor
 from viops.cases import Draw, amid_nan
 from viops.ops.token_reorganization import reference
+from viops.tensors import accumulation_dtype
 
 B, H, N, D, C, P, KEEP = 2, 3, 9, 5, 7, 8, 4
 
@@ -25,7 +26,7 @@ def outputs_of(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
         fill = float("nan") if dtype.is_floating_point else -7
         return amid(torch.full(shape, fill, dtype=dtype), fill)
 
-    wide = reference.accumulation_dtype(dtype)
+    wide = accumulation_dtype(dtype)
     return {
         "class_attention_scores_forward": {
             "scores": blank(B, P, dtype=torch.float32),

@@ -13,6 +13,7 @@ from torch import Tensor
 from viops import native
 from viops.cases import Draw
 from viops.ops.weight_standardization import reference
+from viops.tensors import accumulation_dtype
 
 NUM_FILTERS, SIZE = 5, 21  # vectors and a rest, at each level
 LEVELS = [row for row in contract.BACKENDS if row.backend == "cpu"]
@@ -24,7 +25,7 @@ OPTIONAL = {FORWARD: ("gain",), BACKWARD: ("gain", "grad_gain")}
 
 def outputs_of(name: str, filters: int, size: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """What a function writes into, full of NaN amid the same."""
-    wide = reference.accumulation_dtype(dtype)
+    wide = accumulation_dtype(dtype)
     large = amid(torch.full((filters, size), float("nan"), dtype=dtype))
     small = [amid(torch.full((filters,), float("nan"), dtype=wide)) for _ in range(2)]
     if name == FORWARD:
@@ -41,7 +42,7 @@ def arguments_of(
 ) -> dict[str, object]:
     """Good arguments of an extension function, in its order."""
     draw = Draw(dtype)
-    wide = reference.accumulation_dtype(dtype)
+    wide = accumulation_dtype(dtype)
     options = {**OPTIONS, **changes}
     weight, grad_out = (amid(draw.normal(filters, size)) for _ in range(2))
     gain = amid(draw.normal(filters, dtype=wide))
@@ -96,7 +97,7 @@ def test_filters_of_several_chunks(
     name: str, rest: int, dtype: torch.dtype, level: contract.Backend
 ) -> None:
     bytes_of_chunk = {FORWARD: 20 << 10, BACKWARD: 6 << 10}[name]
-    size = 2 * bytes_of_chunk // reference.accumulation_dtype(dtype).itemsize + rest
+    size = 2 * bytes_of_chunk // accumulation_dtype(dtype).itemsize + rest
     arguments = arguments_of(name, dtype, 3, size)
     weight = arguments["weight"]
     weight += torch.linspace(-1, 1, size).to(dtype)  # no chunk's mean is another's
@@ -127,7 +128,7 @@ def test_what_goes_past_the_caches(dtype: torch.dtype, level: contract.Backend) 
             _, mean, factor = reference.standardize_weight_forward(
                 rows[-8:].double(), None, *OPTIONS.values()
             )
-            wide = reference.accumulation_dtype(dtype)
+            wide = accumulation_dtype(dtype)
             saved = torch.zeros(2, len(rows), dtype=wide)
             saved[0, -8:], saved[1, -8:] = mean, factor
             native.require().standardize_weight_backward(

@@ -15,6 +15,7 @@ from triton_compiled import run_python
 from viops import dispatch, triton_runtime
 from viops.cases import Draw
 from viops.ops.weight_standardization import op, reference
+from viops.tensors import accumulation_dtype
 
 OP = "standardize_weight"
 OPTIONS = (0.1, True, True)
@@ -60,7 +61,7 @@ def test_blocks_and_pieces(
     monkeypatch.setattr(triton_kernels, "_INTERPRETED_BLOCK", 2048)
     draw = Draw(dtype)
     weight, grad = draw.normal(5, size), draw.normal(5, size)
-    gain = draw.normal(5, dtype=reference.accumulation_dtype(dtype))
+    gain = draw.normal(5, dtype=accumulation_dtype(dtype))
     options = 0.1, False, eps_inside
     forward, backward, _, _ = dispatch._kernels[OP]["triton"]
     found = forward(weight, gain, *options)
@@ -178,12 +179,13 @@ def test_what_the_op_returns_shares_no_memory(draw: Draw) -> None:
 
 DEFINITIONS = """
 from viops.ops.weight_standardization import op, triton_kernels
+from viops.tensors import accumulation_dtype
 modules = [triton_kernels]
 
 def call(dtype, filters, size, eps_inside=True):
     compiled.clear()
     weight = torch.empty(filters, size, dtype=dtype)
-    gain = torch.empty(filters, dtype=op.reference.accumulation_dtype(dtype))
+    gain = torch.empty(filters, dtype=accumulation_dtype(dtype))
     out, mean, factor = op._triton_forward(weight, gain, 1e-5, True, eps_inside)
     op._triton_backward(out, weight, gain, mean, factor, 1e-5, True, eps_inside, True)
     return list(compiled)

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ... import checks, dispatch, native
 from ...autocast import to_autocast_dtype
 from ...dispatch import Kernels
+from ...tensors import accumulation_dtype
 from . import reference
 
 
@@ -164,7 +165,7 @@ def _empty_like_heads(like: Tensor, channels: int) -> Tensor:
 
 def _empty_outputs(q: Tensor, v: Tensor, axial: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, num_heads, height, width, channels = v.shape
-    dtype = reference.accumulation_dtype(q.dtype)
+    dtype = accumulation_dtype(q.dtype)
     out = _empty_like_heads(v, channels)
     if axial:
         inner = _empty_like_heads(v, channels)
@@ -394,7 +395,7 @@ def decayed_attention(
         return reference.decayed_attention(
             q, k, v, log_decay, axial=axial, rotation=rotation, scale=scale
         )
-    dtype = reference.accumulation_dtype(q.dtype)
+    dtype = accumulation_dtype(q.dtype)
     # with the batch in front, so that a mapped axis can join it and no kernel sums over it
     batch, num_heads, *grid = q.shape
     log_decay = log_decay if log_decay.dtype is dtype else log_decay.to(dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
+from ...tensors import accumulation_dtype
 from . import reference
 from .op import _decayed_attention
 
@@ -39,7 +40,7 @@ def attention_with_prefix(
     """
     if log_decay.requires_grad:
         raise ValueError("log_decay: expected a constant, got a tensor that requires a gradient")
-    dtype = reference.accumulation_dtype(q.dtype)
+    dtype = accumulation_dtype(q.dtype)
     log_decay = log_decay.to(dtype).expand(q.shape[:2])
     if dispatch.is_reference_forced():
         return _matrix_attention(q, k, v, prefix_k, prefix_v, log_decay, scale)
@@ -134,7 +135,7 @@ def _from_grid(
 
 def _prefix_logits(q: Tensor, prefix_k: Tensor, scale: float) -> Tensor:
     """[B, H, h, w, P], in the dtype of sums."""
-    dtype = reference.accumulation_dtype(q.dtype)
+    dtype = accumulation_dtype(q.dtype)
     return torch.einsum("bhyxd,bhpd->bhyxp", q.to(dtype), prefix_k.to(dtype)) * scale
 
 

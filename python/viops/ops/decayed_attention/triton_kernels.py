@@ -14,10 +14,10 @@ import torch
 import triton
 from torch import Tensor
 
+from ...tensors import accumulation_dtype
 from ...triton_runtime import INTERPRETED, on_device_of
 from . import triton_blocks as blocks
 from . import triton_lines as lines
-from .reference import accumulation_dtype
 from .triton_tiles import COLUMNS, ROWS, WHOLE
 
 #: Tokens of a line, at most, that are one tile, and bytes of a token's channels.

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ... import autocast, checks, dispatch, native
 from ...dispatch import Kernels
+from ...tensors import accumulation_dtype
 from . import reference
 from .reference import Gradients, empty_gradients, empty_y
 
@@ -100,7 +101,7 @@ def _scratch(x: Tensor, size: int, most: int) -> Tensor | None:
         return None
     places = x.shape[0] * x.shape[2] * x.shape[3]
     pieces = max(1, min(most, places // _PLACES_OF_A_PIECE))
-    return x.new_empty(pieces, size, dtype=reference.accumulation_dtype(x.dtype))
+    return x.new_empty(pieces, size, dtype=accumulation_dtype(x.dtype))
 
 
 for _backend, _kernels in {
@@ -408,7 +409,7 @@ def mix_shift(
             norm_bias=norm_bias,
             eps=eps,
         )
-    dtype = reference.accumulation_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     bias_lr = _flat_biases(biases_lr, x, len(kernels), dtype)
     bias_td = _flat_biases(biases_td, x, len(kernels), dtype)
     return _mix_shift(
@@ -472,7 +473,7 @@ def depthwise_norm(
     x = autocast.to_autocast_dtype(x)
     if dispatch.is_reference_forced():
         return reference.depthwise_norm(x, weight, bias, norm_weight, norm_bias, eps)
-    dtype = reference.accumulation_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     return _mix_shift(
         x,
         _flat([weight], dtype) if weight.dtype is not dtype else weight.reshape(-1),

@@ -19,13 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...autocast import without_autocast
+from ...tensors import accumulation_dtype
 
 WIDTH, HEIGHT = 3, 2  # the axes of [B, C, H, W] that "lr" and "td" roll along
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are held in: float64 for float64, else float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 @without_autocast

@@ -16,10 +16,11 @@ NeurIPS 2017, arXiv:1707.04585), section 3; that all columns are one node is our
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ from .op import reversible_step, reversible_step_backward
 from .replay import Autocast, RandomStates, Setting, generators_of
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """Writes one slot of a chain."""
 
     name: str
@@ -43,27 +45,36 @@ class Step(NamedTuple):
     #: Whether the slot's former value is added.  If not, alpha's gradient is zero.
     adds: bool
 
-    def parameters(self) -> list[Tensor]:
-        """The module's that require a gradient, which it is for the node to give."""
-        if self.is_sharded():
-            return []
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+    @functools.cached_property
+    def parts(self) -> list[nn.Module]:
+        """The module and all within it, walked once for all that asks for them."""
+        return list(self.module.modules())
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The module's, each once."""
+        found = (p for part in self.parts for p in part._parameters.values() if p is not None)
+        return _unique(found)
+
+    def learnt(self) -> list[Tensor]:
+        """What requires a gradient, which it is for the node to give: alpha among them."""
+        own = [] if self.is_sharded() else self.parameters()
+        factors = [] if self.alpha is None else [self.alpha]
+        return [parameter for parameter in (*own, *factors) if parameter.requires_grad]
 
     def is_sharded(self) -> bool:
         """Whether FSDP2 has parts of the module in hand: then it takes their gradients as well."""
         fsdp = sys.modules.get("torch.distributed.fsdp")
-        return fsdp is not None and any(
-            isinstance(part, fsdp.FSDPModule) for part in self.module.modules()
-        )
+        return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in self.parts)
 
     def is_learnt(self) -> bool:
         """Whether any parameter, alpha among them, requires a gradient."""
-        return any(parameter.requires_grad for parameter in self.module.parameters()) or (
+        return any(parameter.requires_grad for parameter in self.parameters()) or (
             self.alpha is not None and self.alpha.requires_grad
         )
 
 
 State = dict[int, Tensor]
+_Tensor = TypeVar("_Tensor", bound=Tensor)
 
 
 def run_stored(
@@ -111,12 +122,7 @@ def run_reversible(
             since, or where a module uses a tensor that requires a gradient and is no parameter of
             it.
     """
-    parameters = _unique(
-        parameter
-        for step in steps
-        for parameter in (*step.parameters(), step.alpha)
-        if parameter is not None and parameter.requires_grad
-    )
+    parameters = _unique(parameter for step in steps for parameter in step.learnt())
     last = len(steps) - 1
     chain = _Chain(
         tuple(steps),
@@ -178,7 +184,7 @@ class _Reversible(torch.autograd.Function):
     def forward(ctx: Any, chain: _Chain, *tensors: Tensor) -> tuple[Tensor, ...]:
         state: State = dict(zip(chain.start, tensors, strict=False))
         devices = list(dict.fromkeys(tensor.device for tensor in tensors))
-        modules = (part for step in chain.steps for part in step.module.modules())
+        modules = (part for step in chain.steps for part in step.parts)
         ctx.random = RandomStates(
             list(dict.fromkeys([*generators_of(modules, devices), *chain.generators]))
         )
@@ -188,7 +194,7 @@ class _Reversible(torch.autograd.Function):
         rests: State = {}
         with ctx.autocast():
             for place, step in enumerate(chain.steps):
-                setting = Setting(step.module, step.is_sharded())
+                setting = Setting(step.parts, step.is_sharded())
                 inputs_read = _read(step, state)
                 versions = [None if t is None else t._version for t in inputs_read]
                 f = step.module(*inputs_read)
@@ -209,7 +215,7 @@ class _Reversible(torch.autograd.Function):
                     f, rest = _add_with_rest(f, x, rest, step.alpha, chain.exact)
                     if rest is not None:
                         rests[step.slot] = rest
-                elif _shares_memory(f, [*tensors, *step.module.buffers(), *setting.parameters()]):
+                elif _shares_memory(f, [*tensors, *step.module.buffers(), *setting.parameters]):
                     f = f.clone()  # it is an output, and those are others'
                 chain.added.append(added)
                 state[step.slot] = f
@@ -274,9 +280,13 @@ def _undo(
     with_graph = grad_out is not None and (bool(needs) or chain.learns[place])
     for slot in needs if with_graph else ():
         read[slot].requires_grad_()
-    # stand-ins, so that hooks of the parameters see what the node gives, and nothing else
-    parameters = {id(p): p for p in setting.parameters() if with_graph and p.requires_grad}
-    stand_ins = {key: nn.Parameter(p.detach()) for key, p in parameters.items()}
+    parameters = {id(p): p for p in setting.parameters if with_graph and p.requires_grad}
+    # so that hooks of a parameter, and the graph it comes of, see what the node gives and no more
+    stand_ins = {
+        key: nn.Parameter(p.detach())
+        for key, p in parameters.items()
+        if p._backward_hooks or not p.is_leaf
+    }
     with torch.set_grad_enabled(with_graph), setting.again(stand_ins):
         f = step.module(*_read(step, read))
     if with_graph and f.requires_grad:
@@ -323,7 +333,8 @@ def _differentiate(
 ) -> None:
     """Adds the gradients of a module's output to those of its inputs, by slot, and parameters.
 
-    Those are found at their stand-ins, or, where a module holds them elsewhere too, at themselves.
+    Those of parameters with stand-ins are found there, and, where a module holds them elsewhere
+    too, at themselves.
     """
     leaves = [*inputs.values(), *stand_ins.values(), *parameters.values()]
     _check_leaves(step, f, leaves)
@@ -357,6 +368,8 @@ class _Gradients:
             self._sums[key] = grad, is_ours
             return
         total, can_change = self._sums[key]
+        if is_ours and not can_change:
+            total, grad, can_change = grad, total, True
         self._sums[key] = total.add_(grad) if can_change else total + grad, True
 
     def pop(self, key: int) -> Tensor | None:
@@ -443,7 +456,7 @@ def _by_place(chain: _Chain, grads: Iterable[Tensor | None]) -> dict[int, dict[i
     }
 
 
-def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
+def _unique(tensors: Iterable[_Tensor]) -> list[_Tensor]:
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
@@ -474,20 +487,30 @@ def _check_drift(chain: _Chain, name: str, rebuilt: Tensor, truth: Tensor) -> No
 def _check_leaves(step: Step, f: Tensor, known: Sequence[Tensor]) -> None:
     """All that the module's output depends on, and that requires a gradient, gets it."""
     names = {id(tensor) for tensor in known}
-    seen, waiting = set(), [f.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor) and id(variable) not in names:
+    for leaf in _leaves(f):
+        if id(leaf) not in names:
             raise RuntimeError(
-                f"{step.name}: it uses a tensor of shape {list(variable.shape)} that requires a "
+                f"{step.name}: it uses a tensor of shape {list(leaf.shape)} that requires a "
                 "gradient and is no parameter of it: backward would not give it one.  Make it a "
                 "parameter, detach it, or use reversible=False"
             )
-        waiting += (following for following, _ in node.next_functions)
+
+
+def _leaves(f: Tensor) -> Iterator[Tensor]:
+    """The tensors that f's graph begins with."""
+    if f.grad_fn is None:
+        yield f
+    seen: set[Any] = {None}
+    waiting: list[Any] = [f.grad_fn] if f.grad_fn is not None else []
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node in seen:
+                continue
+            seen.add(node)
+            if isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
+                yield node.variable
+            else:
+                waiting.append(node)
 
 
 class _WithoutEffect(torch.autograd.Function):

@@ -177,7 +177,7 @@ class _Chain(nn.Module):
             # a graph for inference, and torch.func, have a use for the plain formula only
             and not torch.compiler.is_exporting()
             and not torch._C._are_functorch_transforms_active()
-            and not any(is_lazy(p) for step in steps for p in step.module.parameters())
+            and not any(is_lazy(p) for step in steps for p in step.parameters())
             and (
                 any(tensor.requires_grad for tensor in start.values())
                 or any(step.is_learnt() for step in steps)

@@ -3,13 +3,16 @@ same autocast, and the buffers as they were, which it leaves as it finds them.""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+_PLAIN_TYPES = frozenset((bool, int, float, str, set, type(None)))
 
 
 def generators_of(modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> list[Generator]:
@@ -24,9 +27,12 @@ def generators_of(modules: Iterable[nn.Module], devices: Iterable[torch.device])
             found.append(of_device[device.index or 0])
     for module in modules:
         for name, value in vars(module).items():
-            if isinstance(value, (list, tuple, dict)) and not name.startswith("_"):
-                values = value.values() if isinstance(value, dict) else value
-                found += (entry for entry in values if isinstance(entry, Generator))
+            if type(value) in _PLAIN_TYPES:  # most are, and Generator's metaclass is slow to ask
+                continue
+            if isinstance(value, (list, tuple, dict)):
+                if value and name[0] != "_":
+                    values = value.values() if isinstance(value, dict) else value
+                    found += (entry for entry in values if isinstance(entry, Generator))
             elif isinstance(value, Generator):
                 found.append(value)
     return list(dict.fromkeys(found))
@@ -124,14 +130,14 @@ class Autocast:
 
 
 class Setting:
-    """What a module finds when it runs: parameters, buffers and training flags, of its parts too.
+    """What a module finds when it runs: parameters, buffers and training flags of all its parts.
 
     Made before a run; `ran` comes after it, and `again` is around a second one.  Parameters that
     are sharded are left to who gathers them.
     """
 
-    def __init__(self, module: nn.Module, is_sharded: bool = False) -> None:
-        self._parts = list(module.modules())
+    def __init__(self, parts: Sequence[nn.Module], is_sharded: bool = False) -> None:
+        self._parts = parts
         self._training = [part.training for part in self._parts]
         self._is_sharded = is_sharded
         self._parameters = [{} if is_sharded else dict(part._parameters) for part in self._parts]
@@ -141,6 +147,7 @@ class Setting:
         self._versions = {id(buffer): buffer._version for buffer in buffers}
         self._used: list[tuple[Tensor, int]] = []
 
+    @functools.cached_property
     def parameters(self) -> list[Tensor]:
         """Those that the run found, each once."""
         found = (p for of_part in self._parameters for p in of_part.values() if p is not None)
@@ -158,7 +165,7 @@ class Setting:
         buffers = (b for of_part in self._buffers for b in of_part.values() if b is not None)
         unchanged = [buffer for buffer in buffers if id(buffer) not in changed]
         factors = [] if factor is None else [factor]
-        self._used = [(t, t._version) for t in (*self.parameters(), *unchanged, *factors)]
+        self._used = [(t, t._version) for t in (*self.parameters, *unchanged, *factors)]
 
     def _may_differ(self, part: nn.Module, name: str, buffer: Tensor) -> bool:
         if part._buffers.get(name) is not buffer or buffer._version != self._versions[id(buffer)]:
@@ -184,13 +191,19 @@ class Setting:
             for part, training, parameters, buffers in zip(
                 self._parts, self._training, self._parameters, self._buffers, strict=True
             ):
-                part.training = training
+                found: dict[str, Any] = {"training": training}
                 if not self._is_sharded:
-                    part._parameters = {
-                        name: replaced.get(id(p), p) for name, p in parameters.items()
-                    }
-                part._buffers = {name: copies.get(id(b), b) for name, b in buffers.items()}
+                    found["_parameters"] = _exchanged(parameters, replaced)
+                found["_buffers"] = _exchanged(buffers, copies)
+                vars(part).update(found)  # setting an attribute takes a module ten times as long
             yield
         finally:
             for part, (training, parameters, buffers) in zip(self._parts, own, strict=True):
-                part.training, part._parameters, part._buffers = training, parameters, buffers
+                vars(part).update(training=training, _parameters=parameters, _buffers=buffers)
+
+
+def _exchanged(named: Mapping[str, Any], others: Mapping[int, Any]) -> dict[str, Any]:
+    """A copy with others in place of some, by their id."""
+    if not others:
+        return dict(named)
+    return {name: others.get(id(value), value) for name, value in named.items()}

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ... import checks, dispatch, native, triton_runtime
 from ...autocast import to_autocast_dtype
 from ...dispatch import Kernels
+from ...tensors import accumulation_dtype
 from . import reference
 
 
@@ -26,7 +27,7 @@ def _native_scores_forward(
     q: Tensor, k: Tensor, num_prefix: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     batch, num_heads, num_tokens, _ = k.shape
-    dtype = reference.accumulation_dtype(q.dtype)
+    dtype = accumulation_dtype(q.dtype)
     scores = q.new_empty(batch, num_tokens - num_prefix, dtype=torch.float32)
     probabilities = q.new_empty(batch, num_heads, num_tokens, dtype=dtype)
     native.require().class_attention_scores_forward(q, k, scale, scores, probabilities)
@@ -115,7 +116,7 @@ dispatch.register(
 def _scores_fake(q: Tensor, k: Tensor, num_prefix: int, scale: float) -> tuple[Tensor, Tensor]:
     _check_scores(q, k, num_prefix)
     batch, num_heads, num_tokens, _ = k.shape
-    dtype = reference.accumulation_dtype(q.dtype)
+    dtype = accumulation_dtype(q.dtype)
     scores = q.new_empty(batch, num_tokens - num_prefix, dtype=torch.float32)
     return scores, q.new_empty(batch, num_heads, num_tokens, dtype=dtype)
 
@@ -263,7 +264,7 @@ dispatch.register(
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, num_heads, num_tokens, head_dim = q.shape
     out = q.new_empty(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
-    dtype = reference.accumulation_dtype(q.dtype)
+    dtype = accumulation_dtype(q.dtype)
     return out, q.new_empty(batch, num_heads, num_tokens, dtype=dtype)
 
 

@@ -12,10 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype that sums are held in: float64 where an input has it, else float32."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+from ...tensors import accumulation_dtype
 
 
 def class_attention(

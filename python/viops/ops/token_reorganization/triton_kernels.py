@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...tensors import accumulation_dtype
 from ...triton_runtime import on_device_of
-from .reference import accumulation_dtype
 
 #: Elements of a tile of k, and bytes: the 197 rows of 64 channels of a DeiT head are one tile.
 _TILE_ELEMENTS = 16384

@@ -16,7 +16,8 @@ from torch.nn.utils import parametrize
 from ... import checks, optimizer_steps
 from ...dispatch import forced_backend, is_plain_eager, is_reference_forced
 from ...tensor_state import state_of
-from . import op, reference
+from ...tensors import accumulation_dtype
+from . import op
 
 Layer = TypeVar("Layer", bound="_Standardizing")
 
@@ -159,7 +160,7 @@ class _Standardizing(nn.Module):
         groups = self.groups if self.transposed else 0
         form = _Rows(tuple(weight.shape), groups, None if groups else _order(weight))
         rows, options = form.of(weight), (self.eps, self.unbiased, self.eps_inside)
-        wide = None if gain is None else gain.to(reference.accumulation_dtype(weight.dtype))
+        wide = None if gain is None else gain.to(accumulation_dtype(weight.dtype))
         computed = self._compute(tensors, rows.detach(), wide, options)
         return form.back(_Use.apply(rows, wide, options, computed))
 

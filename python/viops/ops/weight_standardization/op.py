@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ... import checks, dispatch, native, triton_runtime
 from ...dispatch import Kernels
+from ...tensors import accumulation_dtype
 from . import reference
 
 
@@ -117,7 +118,7 @@ def _triton_backward(
 
 
 def _empty_outputs(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = reference.accumulation_dtype(weight.dtype)
+    dtype = accumulation_dtype(weight.dtype)
     mean = weight.new_empty(weight.shape[0], dtype=dtype)
     return torch.empty_like(weight), mean, torch.empty_like(mean)
 
@@ -261,7 +262,7 @@ def _wide_gain(gain: Tensor | None, weight: Tensor) -> Tensor | None:
     """[O], in the dtype of the weight's sums."""
     if gain is None:
         return None
-    return gain.to(reference.accumulation_dtype(weight.dtype)).reshape(-1)
+    return gain.to(accumulation_dtype(weight.dtype)).reshape(-1)
 
 
 def _of_rows(rows: Tensor, shape: Size, order: tuple[int, ...] | None) -> Tensor:
@@ -398,7 +399,7 @@ def _forward_together(
     """What `standardize_weight` gives for each; mean and factor [O of all weights]."""
     rows, orders = zip(*map(_rows, weights), strict=True)
     outs = [torch.empty_like(own) for own in rows]
-    dtype = reference.accumulation_dtype(rows[0].dtype)
+    dtype = accumulation_dtype(rows[0].dtype)
     mean = rows[0].new_empty(sum(own.shape[0] for own in rows), dtype=dtype)
     factor = torch.empty_like(mean)
     kernels = _triton_kernels()

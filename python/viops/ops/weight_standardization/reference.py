@@ -14,10 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are held in: float64 for float64, else float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
+from ...tensors import accumulation_dtype
 
 
 def standardize_weight(

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...tensors import accumulation_dtype
 from ...triton_runtime import INTERPRETED, on_device_of
-from .reference import accumulation_dtype
 from .triton_filters import backward_block, backward_pieces, forward_block, forward_pieces
 
 #: Weights of a block, by the size of an element, and of the longest filter that is one.  A program
