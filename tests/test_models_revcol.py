@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import product
@@ -335,11 +336,25 @@ def test_intermediates_are_the_last_columns_levels() -> None:
         (lambda m: m.forward_intermediates(torch.randn(1, 3, 32, 32), norm=True), "^norm: "),
         (lambda m: m.reset_classifier(3, "max"), "^global_pool: expected"),
         (lambda m: tiny(global_pool="max"), "^global_pool: expected"),
+        (lambda m: tiny(in_chans=0), "^in_chans: expected at least 1, got 0$"),
+        (lambda m: tiny(num_classes=-1), "^num_classes: expected at least 0, got -1$"),
+        (lambda m: tiny(drop_rate=1.5), "^drop_rate: expected 0 to 1, got 1.5$"),
+        (lambda m: tiny(drop_path_rate=-0.1), "^drop_path_rate: expected 0 to 1, got -0.1$"),
+        (lambda m: tiny(head_init_scale=math.inf), "^head_init_scale: .* finite .*, got inf$"),
+        (lambda m: tiny(kernel_size=4), "^kernel_size: "),
     ],
 )
 def test_bad_arguments(call: Callable, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(tiny())
+
+
+@pytest.mark.parametrize(
+    "name", ["inter_supv", "reversible", "exact", "drift_check", "drop_rate", "head_init_scale"]
+)
+def test_arguments_of_wrong_types(name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name}: expected a (bool|number), got str$"):
+        tiny(**{name: "no"})
 
 
 def test_copies_and_pickles() -> None:

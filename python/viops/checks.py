@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -62,6 +64,32 @@ def check_eps(name: str, value: object) -> float:
     if not 0 <= value < float("inf"):
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
     return value
+
+
+def check_rate(name: str, value: object) -> float:
+    """A probability."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    value = float(value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected 0 to 1, got {value}")
+    return value
+
+
+def check_finite(name: str, value: object) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
+
+
+def check_list(name: str, value: object, what: str) -> list[Any]:
+    """The entries of something that has some, which a string and a tensor are not taken for."""
+    if isinstance(value, (str, Tensor)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
+    return list(value)
 
 
 def check_bool(name: str, value: object) -> None:

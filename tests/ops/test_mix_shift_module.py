@@ -239,6 +239,15 @@ def test_without_gradients_the_block_overwrites_what_is_its_own(name: str, train
         assert torch.equal(seen, as_it_was), key
 
 
+def test_without_gradients_a_smaller_branch_is_broadcast_as_ever() -> None:
+    block, x = make("convnext"), grids()
+    block.dwconv = nn.AdaptiveAvgPool2d(1)
+    expected = block(x)
+    with torch.no_grad():
+        assert torch.equal(block(x), expected)
+    assert expected.shape == x.shape
+
+
 # modules within
 
 

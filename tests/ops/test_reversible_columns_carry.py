@@ -12,6 +12,7 @@ import viops
 from contract import ALL_BACKENDS, Backend, case_id, has, num_threads
 from tolerances import assert_matches
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from viops import triton_runtime
 from viops.cases import Draw
 from viops.ops.reversible_columns import carry, reference
@@ -283,6 +284,20 @@ def test_any_strides(backend: Backend, dtype: torch.dtype) -> None:
     assert carry.step_backward(x, rest, f, full, grad)[3].shape == full.shape
 
 
+def test_views_that_negate(backend: Backend) -> None:
+    draw = Draw(FLOAT32, backend.device)
+    values = (*operands(draw, SHAPE), draw.normal(*SHAPE))
+
+    def both(f: Tensor, x: Tensor, rest: Tensor, alpha: Tensor, grad: Tensor) -> list[Tensor]:
+        return [*carry.step(f, x, rest, alpha), *carry.step_backward(x, rest, f, alpha, grad)]
+
+    for place in range(len(values)):
+        views, copies = list(values), list(values)
+        views[place], copies[place] = torch._neg_view(values[place]), -values[place]
+        for found, wanted in zip(both(*views), both(*copies), strict=True):
+            assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("shape", [(), (7,), (4, 19), SHAPE, (2, 3, *(1, 2) * 4)], ids=str)
 @LAYOUTS
 def test_no_alpha_is_one_and_any_rank(backend: Backend, last: bool, shape: tuple) -> None:
@@ -385,6 +400,10 @@ def test_the_backend_is_that_of_the_step(monkeypatch: pytest.MonkeyPatch) -> Non
             carry.step(f, x, rest, alpha)
             carry.step_backward(x, rest, f, alpha, None)
     assert calls == ["reference"] * 2 + ["cpu"] * 2
+    with viops.use_backend("cpu"), FlopCounterMode(display=False):  # which kernels would pass by
+        carry.step(f, x, rest, alpha)
+        carry.step_backward(x, rest, f, alpha, None)
+    assert calls[4:] == ["reference"] * 2
     with viops.use_backend("cuda"), pytest.raises(viops.BackendError, match="cuda"):
         carry.step(f, x, rest, alpha)
     without = next(row for row in HERE if row.name == "fallback")

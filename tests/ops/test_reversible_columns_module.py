@@ -24,6 +24,7 @@ from reversible_networks import (
     stored,
 )
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from viops.drop_path import DropPath
 from viops.nn import ReversibleBlocks, ReversibleColumn, ReversibleColumns
 
@@ -395,11 +396,38 @@ def test_backward_twice_with_retain_graph() -> None:
         torch.testing.assert_close(parameter.grad, 2 * once[name], **CLOSE)
 
 
-def test_a_second_derivative_raises() -> None:
+@pytest.mark.parametrize("loss", [loss_of, lambda features: sum(f.sum() for f in features)])
+def test_a_second_derivative_raises(loss: Callable) -> None:
+    """Also where the loss itself has none."""
     x = images().requires_grad_()
-    (grad,) = torch.autograd.grad(loss_of(make()(x)), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    (grad,) = torch.autograd.grad(loss(make()(x)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
+
+
+def test_forward_mode_is_that_of_the_stored_form() -> None:
+    """Which the step refuses, as it has none, but not the formula."""
+    network, x = make(2), images()
+    name = "0.level0.down.weight"
+    weight = network.get_parameter(name).detach()
+
+    def tangents(form: nn.Module, tangent: Tensor) -> list[Tensor]:
+        with forward_ad.dual_level():
+            given = {name: forward_ad.make_dual(weight, tangent)}
+            features = torch.func.functional_call(form, given, (x,))
+            return [forward_ad.unpack_dual(feature).tangent for feature in features]
+
+    direction = torch.randn_like(weight)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        tangents(network, direction)
+    with viops.use_backend("reference"):
+        found = tangents(network, direction)
+        ahead, behind = (
+            torch.func.functional_call(stored(network), {name: weight + step * direction}, (x,))
+            for step in (1e-6, -1e-6)
+        )
+    for tangent, after, before in zip(found, ahead, behind, strict=True):
+        torch.testing.assert_close(tangent, (after - before) / 2e-6, rtol=1e-6, atol=1e-7)
 
 
 def test_an_output_that_is_changed_in_place_raises() -> None:
@@ -505,6 +533,38 @@ def test_drift_is_noticed_where_nothing_needs_a_gradient() -> None:
         column.requires_grad_(False)
     with pytest.raises(RuntimeError, match="rebuilt in backward"):
         loss_of(network(images())).backward()
+
+
+@pytest.mark.parametrize("holds", ["attribute", "buffer"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_such_tensors_raise_where_nothing_else_needs_a_gradient(holds: str, place: int) -> None:
+    """The place is before or after the first level that learns."""
+
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            scale = torch.full((1, 4, 1, 1), 2.0, dtype=torch.float64, requires_grad=True)
+            if holds == "buffer":
+                self.register_buffer("scale", scale)
+            else:
+                self.held = [scale]
+
+        def forward(self, below: Tensor, above: Tensor | None) -> Tensor:
+            return below * (self.scale if holds == "buffer" else self.held[0])
+
+    class Learns(nn.Conv2d):
+        def forward(self, below: Tensor, above: Tensor | None) -> Tensor:
+            return super().forward(below)
+
+    levels = [Learns(4, 4, 1) for _ in range(4)]
+    levels[place] = Holds()
+    columns = [ReversibleColumn(levels[:2], [4, 4]), ReversibleColumn(levels[2:], [4, 4])]
+    network = ReversibleColumns(columns).double()
+    columns[0].alpha0.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="requires a gradient and is no parameter"):
+        loss_of(network(images())).backward()
+    network.reversible = False
+    loss_of(network(images())).backward()
 
 
 def test_tensors_that_are_no_parameters_raise() -> None:
@@ -627,6 +687,23 @@ def test_two_streams() -> None:
         torch.testing.assert_close(found_y, wanted, **CLOSE)
 
 
+def test_two_streams_of_one_branch() -> None:
+    """The same module as both branches of a pair runs twice."""
+    torch.manual_seed(9)
+    shared = nn.Conv2d(2, 2, 3, padding=1)
+    network = viops.patch.reversible([(shared, shared)]).double()
+
+    def loss(x: Tensor) -> Tensor:
+        return loss_of(list(network(*x.chunk(2, dim=1))))
+
+    def written_out(x: Tensor) -> Tensor:
+        x1, x2 = x.chunk(2, dim=1)
+        y1 = x1 + shared(x2)
+        return loss_of([y1, x2 + shared(y1)])
+
+    assert_same(gradients(network, loss), gradients(network, written_out))
+
+
 def test_two_streams_drift() -> None:
     x1, x2 = (half.requires_grad_() for half in images().chunk(2, dim=1))
     loss_of(list(two_streams(drift_check=True)(x1, x2))).backward()
@@ -663,6 +740,26 @@ def test_bad_arguments() -> None:
         ReversibleColumn([Below()], [4], "0.5")
     with pytest.raises(ValueError, match="init_scale: expected a finite number, got nan"):
         ReversibleColumn([Below()], [4], float("nan"))
+    with pytest.raises(ValueError, match=r"init_scale: expected at most 3\.4e\+38 .*, got 1e\+39"):
+        ReversibleColumn([Below()], [4], 1e39)
+    with pytest.raises(TypeError, match="levels: expected modules, got Below"):
+        ReversibleColumn(Below(), [4])
+    with pytest.raises(TypeError, match="channels: expected a number for each level, got int"):
+        ReversibleColumn([Below()], 4)
+    with pytest.raises(TypeError, match=r"also_above: expected a mapping .*, got list"):
+        ReversibleColumn([Below(), Below()], [4, 4], also_above=[1])
+    with pytest.raises(TypeError, match=r"also_above\[0\]: expected levels, got int"):
+        ReversibleColumn([Below(), Below()], [4, 4], also_above={0: 1})
+    with pytest.raises(ValueError, match=r"also_above\[1\]: expected none above the last"):
+        ReversibleColumn([Below(), Below()], [4, 4], also_above={1: [2]})
+    with pytest.raises(TypeError, match=r"below: expected a torch\.Tensor, got list"):
+        column([images()])
+    with pytest.raises(TypeError, match="previous: expected features, got Tensor"):
+        column(images(), images())
+    with pytest.raises(TypeError, match=r"columns: expected viops\.nn\.ReversibleColumns, got int"):
+        ReversibleColumns(3)
+    with pytest.raises(TypeError, match=r"generators: expected torch\.Generators, got Generator"):
+        ReversibleColumns([column], generators=torch.Generator())
     with pytest.raises(ValueError, match=r"also_above\[0\]: expected at least 1 .* got 0"):
         ReversibleColumn([Below(), Below()], [4, 4], also_above={0: [0]})
     with pytest.raises(ValueError, match="previous: expected 1 features or None, got 2"):
@@ -691,6 +788,13 @@ def test_bad_arguments() -> None:
         network(images(), return_columns=[2])
     with pytest.raises(TypeError, match=r"return_columns: expected an int, got str"):
         network(images(), return_columns=["0"])
+    with pytest.raises(TypeError, match=r"return_columns: expected places of columns, got int"):
+        network(images(), return_columns=1)
+    narrow = ReversibleColumns([ReversibleColumn([Below()], [3]) for _ in range(2)])
+    for reversible in (True, False):
+        narrow.reversible = reversible
+        with pytest.raises(ValueError, match=r"0\.level0: .*, C = 3 .* \[2, 4, 9, 7\]"):
+            narrow(images().requires_grad_())
     for wrong, error, match in (
         (Wide(), ValueError, r"1\.level0: expected it to return a tensor of shape \[2, 4, 9, 7\]"),
         (
@@ -715,5 +819,9 @@ def test_bad_blocks() -> None:
         ReversibleBlocks([(branch(2), 3)])
     with pytest.raises(TypeError, match="blocks: expected pairs of modules, got Below"):
         ReversibleBlocks([Below()])
+    with pytest.raises(TypeError, match="blocks: expected pairs of modules, got int"):
+        ReversibleBlocks(3)
+    with pytest.raises(TypeError, match="blocks: expected pairs of modules, got int"):
+        ReversibleBlocks([3])
     with pytest.raises(TypeError, match=r"x2: expected a torch\.Tensor, got NoneType"):
         two_streams()(images(), None)

@@ -18,6 +18,8 @@ from reversible_networks import (
     stored,
 )
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 from viops.nn import ReversibleColumn, ReversibleColumns
 
 
@@ -94,6 +96,52 @@ def test_a_parameter_that_is_replaced_between_the_passes() -> None:
     torch.testing.assert_close(grad(network), grad(other))
 
 
+def test_hooks_of_parameters_that_a_level_holds_elsewhere_too() -> None:
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((4, 1, 1), 0.9))
+            self.held = [self.weight]
+
+        def forward(self, below: Tensor, above: Tensor | None) -> Tensor:
+            return torch.tanh(below if above is None else below + above) * self.held[0]
+
+    network = columns_of(Holds, count=2)
+    calls: list[Tensor] = []
+
+    def double(grad: Tensor) -> Tensor:
+        calls.append(grad)
+        return grad * 2
+
+    found = []
+    for reversible in (True, False):
+        network.reversible = reversible
+        handle = network.columns[1].level1.weight.register_hook(double)
+        found.append(gradients(network))
+        handle.remove()
+    assert len(calls) == 2
+    assert_same(*found)
+
+
+def test_modules_that_are_replaced_between_the_passes() -> None:
+    def switched(form: ReversibleColumns) -> Callable[[Tensor], Tensor]:
+        def loss(x: Tensor) -> Tensor:
+            value = loss_of(form(x))
+            form.columns[1].level1.extra = nn.Identity()
+            form.columns[0].level2.down = nn.Conv2d(6, 8, 3, 2, 1).requires_grad_(False).double()
+            return value
+
+        return loss
+
+    network = make(3, lambda _: nn.ReLU())
+    other = stored(network)
+    leaves = [dict(form.named_parameters()) for form in (network, other)]
+    for form in (network, other):
+        switched(form)(images()).backward()
+    assert_same(*({name: leaf.grad for name, leaf in named.items()} for named in leaves))
+    assert all(isinstance(form.columns[1].level1.extra, nn.Identity) for form in (network, other))
+
+
 @pytest.mark.parametrize("extra", [lambda _: nn.Dropout(0.4), nn.BatchNorm2d], ids=["drop", "norm"])
 @pytest.mark.parametrize("training", [True, False])
 def test_training_flags_are_those_of_the_forward_pass(extra: Callable, training: bool) -> None:
@@ -143,6 +191,61 @@ def test_buffers_that_are_none_or_shared() -> None:
     assert_same(gradients(network), gradients(other))
     for buffer, wanted in zip(network.buffers(), other.buffers(), strict=True):
         assert torch.equal(buffer, wanted)
+
+
+class Views(nn.Module):
+    """A buffer that is a part of another's memory, and written through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("whole", torch.ones(4, dtype=torch.float64))
+        self.register_buffer("part", self.whole[1:3])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.part.add_(0.5)
+        return x * self.whole.sum() / 8
+
+
+def test_buffers_that_share_memory() -> None:
+    found = []
+    for reversible in (True, False):
+        network = make(2, lambda _: Views())
+        for part in network.modules():
+            if isinstance(part, Views):  # .double() has copied each
+                part.part = part.whole[1:3]
+        network.reversible = reversible
+        found.append(gradients(network))
+        assert all(buffer.max() == 1.5 for buffer in network.buffers())
+    assert_same(*found)
+
+
+def test_buffers_that_inference_mode_has_made() -> None:
+    class Caches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("cache", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.cache is None:
+                self.cache = torch.linspace(0, 1, x.shape[-1], dtype=x.dtype)
+            return x + self.cache
+
+    network = make(2, lambda _: Caches())
+    with torch.inference_mode():
+        network(images())
+    found = gradients(network)
+    network.reversible = False
+    assert_same(found, gradients(network))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_script_modules_are_refused() -> None:
+    """Whose flags and buffers nobody can exchange."""
+    network = make(2, lambda channels: torch.jit.script(nn.BatchNorm2d(channels)))
+    with pytest.raises(TypeError, match=r"0\.level0: .* got a torch\.jit\.ScriptModule"):
+        network(images().requires_grad_())
+    network.reversible = False
+    loss_of(network(images())).backward()
 
 
 def test_a_buffer_that_is_changed_between_the_passes_raises() -> None:
@@ -205,10 +308,32 @@ class NoisyOf(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kind", [list, tuple, lambda g: dict(enumerate(g))])
-def test_generators_in_containers(kind: Callable) -> None:
+class PrivatelyNoisy(nn.Module):
+    """Its generators lie deeper, in an attribute that is private."""
+
+    def __init__(self, generators: list) -> None:
+        super().__init__()
+        self._sources = {"all": [generators]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for source in self._sources["all"][0]:
+            x = x * torch.rand(x.shape, generator=source, dtype=x.dtype)
+        return x
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        lambda g: NoisyOf(list(g)),
+        lambda g: NoisyOf(tuple(g)),
+        lambda g: NoisyOf(dict(enumerate(g))),
+        PrivatelyNoisy,
+    ],
+    ids=["list", "tuple", "dict", "private"],
+)
+def test_generators_in_containers(noise: Callable) -> None:
     generators = [torch.Generator(), torch.Generator()]
-    network = make(3, lambda _: NoisyOf(kind(generators)))
+    network = make(3, lambda _: noise(generators))
     found = []
     for reversible in (True, False):
         network.reversible = reversible
@@ -241,6 +366,22 @@ def test_streams_of_growing_dtypes_are_rebuilt_to_the_bit() -> None:
         loss.backward()
 
 
+def test_what_tracers_and_trackers_see() -> None:
+    network, x = make(2).float(), images().float()
+    other = stored(network)
+    with torch.no_grad():  # a traced node would have no graph
+        expected = other(x)
+    traced = make_fx(lambda x: network(x)[2].detach())(x)
+    torch.testing.assert_close(traced(2 * x), other(2 * x)[2].detach())
+    torch.testing.assert_close(traced(x), expected[2])
+    counts = []
+    for form in (network, other):
+        with FlopCounterMode(display=False) as counter:
+            loss_of(form(x.requires_grad_())).backward()
+        counts.append(counter.get_total_flops())
+    assert 1.2 * counts[1] < counts[0] < 1.4 * counts[1]
+
+
 def test_features_of_two_axes() -> None:
     class Linear(nn.Linear):
         def forward(self, below: Tensor, above: Tensor | None) -> Tensor:
@@ -257,5 +398,9 @@ def test_hooks_on_columns_and_missing_features_raise() -> None:
     with pytest.raises(ValueError, match=r"columns\[1\]: expected hooks on its levels"):
         network(images())
     handle.remove()
+    network.columns[1].forward = lambda below, previous: previous
+    with pytest.raises(ValueError, match=r"columns\[1\]: expected ReversibleColumn's forward"):
+        network(images())
+    del network.columns[1].forward
     with pytest.raises(TypeError, match=r"previous\[0\]: expected a torch\.Tensor, got NoneType"):
         network.columns[1](images(), [None] * 3)

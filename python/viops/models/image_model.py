@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .. import checks
+
 
 class Sizes(Protocol):
     """Of a model's configuration; each tuple has an entry for each stage."""
@@ -47,6 +49,9 @@ class ImageModel(nn.Module):
     ) -> None:
         super().__init__()
         _check_pool(global_pool)
+        checks.check_int("num_classes", num_classes, 0, None, "")
+        checks.check_rate("drop_rate", drop_rate)
+        checks.check_rate("drop_path_rate", config.drop_path_rate)
         self.config = config
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = num_features  # timm's names

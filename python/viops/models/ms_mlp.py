@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import checks
 from ..ops.mix_shift.module import MixShiftBlock
 from .backbone import Backbone
 from .image_model import check_images, init_linear
@@ -143,7 +144,7 @@ class MSMLP(Backbone):
         if drop_path_rate is not None:
             config = replace(config, drop_path_rate=drop_path_rate)
         super().__init__(config, num_classes, config.embed_dims[-1], drop_rate, global_pool)
-        self.in_chans = in_chans
+        self.in_chans = checks.check_int("in_chans", in_chans, 1, None, "")
         self.patch_embed = Stem(in_chans, config.embed_dim, _PATCH)
         self.layers = nn.ModuleList(
             Stage(config, i, of_stage) for i, of_stage in enumerate(self._drop_paths())

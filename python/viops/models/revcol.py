@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checks
 from ..grid_linear import call_linear
 from ..ops.mix_shift.module import ConvNeXtBlock
 from ..ops.reversible_columns.module import ReversibleColumn, ReversibleColumns
@@ -248,6 +249,11 @@ class RevCol(ImageModel):
             config = replace(config, drop_path_rate=drop_path_rate)
         if kernel_size is not None:
             config = replace(config, kernel_size=kernel_size)
+        flags = {"inter_supv": inter_supv, "reversible": reversible}
+        for name, flag in {**flags, "exact": exact, "drift_check": drift_check}.items():
+            checks.check_bool(name, flag)
+        if head_init_scale is not None:
+            head_init_scale = checks.check_finite("head_init_scale", head_init_scale)
         if inter_supv and config.num_columns % _NUM_TAPS:
             raise ValueError(
                 f"inter_supv: expected False where {_NUM_TAPS} does not divide the number of "
@@ -256,7 +262,7 @@ class RevCol(ImageModel):
         dims = config.embed_dims
         stage_name = f"subnet{config.num_columns - 1}.level{{}}"
         super().__init__(config, num_classes, dims[-1], drop_rate, global_pool, stage_name)
-        self.in_chans = in_chans
+        self.in_chans = checks.check_int("in_chans", in_chans, 1, None, "")
         self.inter_supv = inter_supv
         self.reversible = reversible
         self.exact = exact

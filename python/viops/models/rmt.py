@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import checks
 from ..drop_path import DropPath
 from ..grid_linear import GridLinear
 from ..ops.decayed_attention.module import (
@@ -250,6 +251,7 @@ class RMT(Backbone):
         if drop_path_rate is not None:
             config = replace(config, drop_path_rate=drop_path_rate)
         super().__init__(config, num_classes, _HEAD_CHANNELS, drop_rate, global_pool)
+        checks.check_int("in_chans", in_chans, 1, None, "")
         self.patch_embed = Stem(in_chans, config.embed_dims[0])
         self.layers = nn.ModuleList(
             Stage(config, i, of_stage, learnable_decay)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from numbers import Real
 from typing import Any
 
 import torch
@@ -46,32 +44,24 @@ class _Block(nn.Module):
         self, mlp_ratio: float, layer_scale_init_value: float, drop_path: float
     ) -> None:
         """All that follows the convolutions, in the order of the official state_dict."""
-        for name, value in (
-            ("mlp_ratio", mlp_ratio),
-            ("layer_scale_init_value", layer_scale_init_value),
-            ("drop_path", drop_path),
-        ):
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-            if not math.isfinite(value):
-                raise ValueError(f"{name}: expected a finite number, got {value}")
+        mlp_ratio = checks.check_finite("mlp_ratio", mlp_ratio)
+        scale = checks.check_finite("layer_scale_init_value", layer_scale_init_value)
+        drop_path = checks.check_rate("drop_path", drop_path)
         hidden = int(mlp_ratio * self.dim)
         if hidden < 1:
             raise ValueError(
                 "mlp_ratio: expected one that gives at least 1 hidden channel, "
                 f"got {mlp_ratio} for dim = {self.dim}"
             )
-        if not 0 <= drop_path <= 1:
-            raise ValueError(f"drop_path: expected 0 to 1, got {drop_path}")
         self.norm = nn.LayerNorm(self.dim, eps=_EPS)
         self.pwconv1 = nn.Linear(self.dim, hidden)
         self.act = nn.GELU()
         self.pwconv2 = nn.Linear(hidden, self.dim)
         gamma = None
-        if layer_scale_init_value > 0:
-            gamma = nn.Parameter(torch.full((self.dim,), float(layer_scale_init_value)))
+        if scale > 0:
+            gamma = nn.Parameter(torch.full((self.dim,), scale))
         self.register_parameter("gamma", gamma)
-        self.drop_path = DropPath(float(drop_path))
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C, H, W], channels_last."""
@@ -82,8 +72,9 @@ class _Block(nn.Module):
         hidden = self._activate(call_linear(self.pwconv1, self._mix(x)))
         drop_path = self.drop_path
         out = drop_path(self._project(hidden).permute(0, 3, 1, 2))
-        is_ours = type(drop_path) is DropPath and is_bare(drop_path) and out.dtype is x.dtype
-        if is_ours and _may_overwrite(out, self.pwconv2):
+        is_ours = type(drop_path) is DropPath and is_bare(drop_path)
+        is_like_x = out.dtype is x.dtype and out.shape == x.shape
+        if is_ours and is_like_x and _may_overwrite(out, self.pwconv2):
             return out.add_(x)
         return out + x  # in this order: the first one's layout is the sum's
 

@@ -12,8 +12,9 @@ as long as those suffice: with alpha = 0.5, some 20 columns.
 
 Only what the chain holds now has rests: memory does not grow with columns.
 
-These functions run within the one autograd.Function of a chain, which nobody traces: they are no
-ops of torch's, and have no derivative.  The backend is the one that `reversible_step` has.
+These functions run within the one autograd.Function of a chain: they are no ops of torch's, and
+have no derivative.  The backend is the one that `reversible_step` has, but where a dispatch mode,
+such as a tracer, has to see what is done: kernels would do it behind its back.
 """
 
 from __future__ import annotations
@@ -71,10 +72,9 @@ def step(
             None if alpha is None else alpha.flatten(),
         )
         return out.reshape(f.shape), out_rest.reshape(f.shape)
-    backend, _ = dispatch.choose("reversible_step", f.device.type, dtype)
-    return _FUNCTIONS[backend][0](
-        native_f(f, dtype), _of_dtype(dtype, x), x_rest, _of_dtype(dtype, alpha)
-    )
+    f, x, x_rest, alpha = (_resolved(t) for t in (f, x, x_rest, alpha))
+    run, _ = _functions(f.device.type, dtype)
+    return run(native_f(f, dtype), _of_dtype(dtype, x), x_rest, _of_dtype(dtype, alpha))
 
 
 def step_backward(
@@ -117,8 +117,8 @@ def step_backward(
             raise TypeError(f"grad_out: expected {dtype}, as out has, got {grad_out.dtype}")
     if out.dim() > MAX_RANK:
         return _flat_backward(out, out_rest, f, alpha, grad_out, need_rest)
-    backend, _ = dispatch.choose("reversible_step", out.device.type, dtype)
-    run = _FUNCTIONS[backend][1]
+    out, out_rest, f, alpha, grad_out = (_resolved(t) for t in (out, out_rest, f, alpha, grad_out))
+    _, run = _functions(out.device.type, dtype)
     if alpha is None:
         x, x_rest, *_ = run(out, out_rest, native_f(f, dtype), None, None, need_rest)
         return x, x_rest, grad_out, None
@@ -217,6 +217,17 @@ _FUNCTIONS: dict[str, tuple[Callable, Callable]] = {
     "cpu": (_native_forward, _native_backward),
     "triton": (_triton_forward, _triton_backward),
 }
+
+
+def _functions(device_type: str, dtype: torch.dtype) -> tuple[Callable, Callable]:
+    if torch._C._len_torch_dispatch_stack():
+        return _FUNCTIONS["reference"]
+    return _FUNCTIONS[dispatch.choose("reversible_step", device_type, dtype)[0]]
+
+
+def _resolved(value: Any) -> Any:
+    """Its values in its memory: of a view that negates them, kernels would read others."""
+    return value.resolve_neg() if value is not None and value.is_neg() else value
 
 
 def _check_first(name: str, value: Tensor, alpha: Tensor | None) -> None:

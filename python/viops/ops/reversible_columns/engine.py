@@ -19,12 +19,12 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from . import carry
 from .op import reversible_step, reversible_step_backward
@@ -192,12 +192,18 @@ class _Reversible(torch.autograd.Function):
         inputs = [state[slot] for slot in (*chain.constant(), *chain.checked_inputs())]
         outputs: list[Tensor] = []
         rests: State = {}
+        needed = any(ctx.needs_input_grad[1 : 1 + len(chain.start)])
         with ctx.autocast():
             for place, step in enumerate(chain.steps):
+                _check_module(step)
+                needed = needed or step.is_learnt()
                 setting = Setting(step.parts, step.is_sharded())
                 inputs_read = _read(step, state)
                 versions = [None if t is None else t._version for t in inputs_read]
-                f = step.module(*inputs_read)
+                # backward stops before steps that need no gradient: here is where it shows that one
+                # has a tensor which does
+                with torch.set_grad_enabled(not needed):
+                    f = step.module(*inputs_read)
                 if versions != [None if t is None else t._version for t in inputs_read]:
                     raise RuntimeError(
                         f"{step.name}: it modifies its inputs in place, which others read too"
@@ -207,6 +213,8 @@ class _Reversible(torch.autograd.Function):
                 chain.settings.append(setting)
                 chain.learns.append(step.is_learnt())
                 _check_output(step, f, state)
+                if f.requires_grad and not needed:
+                    _check_leaves(step, f, ())
                 f = f.detach()
                 added = None
                 if step.adds:
@@ -230,8 +238,13 @@ class _Reversible(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = _Reversible._gradients(ctx, *grad_outputs)
+        return _without_derivative(grads) if torch.is_grad_enabled() else grads
+
+    @staticmethod
+    def _gradients(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         chain: _Chain = ctx.chain
         kept = iter(ctx.saved_tensors)
         _check_settings(chain)
@@ -278,25 +291,24 @@ def _undo(
     read = {slot: state[slot].detach() for slot in step.reads if slot is not None}
     setting = chain.settings[place]
     with_graph = grad_out is not None and (bool(needs) or chain.learns[place])
-    for slot in needs if with_graph else ():
-        read[slot].requires_grad_()
+    leaves = {slot: read[slot].requires_grad_() for slot in (needs if with_graph else ())}
     parameters = {id(p): p for p in setting.parameters if with_graph and p.requires_grad}
-    # so that hooks of a parameter, and the graph it comes of, see what the node gives and no more
-    stand_ins = {
-        key: nn.Parameter(p.detach())
-        for key, p in parameters.items()
-        if p._backward_hooks or not p.is_leaf
-    }
-    with torch.set_grad_enabled(with_graph), setting.again(stand_ins):
-        f = step.module(*_read(step, read))
+    # so that the graph that a parameter comes of sees what the node gives and no more
+    stand_ins = {key: nn.Parameter(p.detach()) for key, p in parameters.items() if not p.is_leaf}
+    with torch.set_grad_enabled(grad_out is not None), setting.again(stand_ins):
+        # leaves refuse the hooks that trackers of modules put on inputs
+        inputs = leaves if step.is_sharded() else {key: t.view_as(t) for key, t in leaves.items()}
+        f = step.module(*_read(step, {**read, **inputs}))
     if with_graph and f.requires_grad:
         assert grad_out is not None
-        inputs = {slot: read[slot] for slot in needs}
         grad_f = grad_out.to(f.dtype)
         if step.is_sharded():
             _accumulate(f, grad_f, inputs, grads)
         else:
-            _differentiate(step, f, grad_f, inputs, grads, parameters, stand_ins, of_parameters)
+            _check_leaves(step, f, [*leaves.values(), *stand_ins.values(), *parameters.values()])
+            _differentiate(f, grad_f, inputs, grads, parameters, stand_ins, of_parameters)
+    elif f.requires_grad:
+        _check_leaves(step, f, setting.parameters)
     f = f.detach()
     alpha, added = step.alpha, chain.added[place]
     if added is not None:
@@ -322,7 +334,6 @@ def _undo(
 
 
 def _differentiate(
-    step: Step,
     f: Tensor,
     grad_f: Tensor,
     inputs: Mapping[int, Tensor],
@@ -336,13 +347,27 @@ def _differentiate(
     Those of parameters with stand-ins are found there, and, where a module holds them elsewhere
     too, at themselves.
     """
-    leaves = [*inputs.values(), *stand_ins.values(), *parameters.values()]
-    _check_leaves(step, f, leaves)
-    found = iter(torch.autograd.grad(f, leaves, grad_f, allow_unused=True))
+    sources = [*inputs.values(), *stand_ins.values(), *parameters.values()]
+    with _without_hooks(parameters.values()):
+        found = iter(torch.autograd.grad(f, sources, grad_f, allow_unused=True))
     for slot, grad in zip(inputs, found, strict=False):
         grads.add(slot, grad)
     for key, grad in zip([*stand_ins, *parameters], found, strict=True):
         of_parameters.add(key, grad)
+
+
+@contextmanager
+def _without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Hooks of parameters see what the node gives, and not each module's part of it."""
+    hooks = [p._backward_hooks for p in parameters if p._backward_hooks]
+    kept = [dict(of_one) for of_one in hooks]
+    for of_one in hooks:
+        of_one.clear()
+    try:
+        yield
+    finally:
+        for of_one, before in zip(hooks, kept, strict=True):
+            of_one.update(before)
 
 
 def _accumulate(f: Tensor, grad_f: Tensor, inputs: Mapping[int, Tensor], grads: _Gradients) -> None:
@@ -439,7 +464,8 @@ def _check_settings(chain: _Chain) -> None:
         if not setting.is_as_it_was():
             raise RuntimeError(
                 f"{step.name}: a parameter or buffer has been modified by an inplace operation, "
-                "such as an optimizer's step, since the forward pass: it cannot run again as it did"
+                "such as an optimizer's step, or another forward pass that updates a norm's "
+                "statistics, since the forward pass: it cannot run again as it did"
             )
 
 
@@ -460,6 +486,26 @@ def _unique(tensors: Iterable[_Tensor]) -> list[_Tensor]:
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
+def _without_derivative(grads: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients of which a derivative raises, instead of being zero or missing."""
+    found = [grad for grad in grads if grad is not None]
+    refuse = torch._C._functions.DelayedError(
+        "reversible columns have no second derivative: "
+        "trying to differentiate twice; use reversible=False",
+        len(found),
+    )
+    refused = iter(refuse(*(grad.detach().requires_grad_() for grad in found)))
+    return tuple(None if grad is None else next(refused) for grad in grads)
+
+
+def _check_module(step: Step) -> None:
+    if any(isinstance(part, torch.jit.ScriptModule) for part in step.parts):
+        raise TypeError(
+            f"{step.name}: expected modules whose buffers and training flags can be set for a "
+            "second run, got a torch.jit.ScriptModule; use reversible=False"
+        )
+
+
 def _check_output(step: Step, f: object, state: Mapping[int, Tensor]) -> None:
     if not isinstance(f, Tensor) or not f.is_floating_point():
         got = f.dtype if isinstance(f, Tensor) else type(f).__name__
@@ -468,6 +514,11 @@ def _check_output(step: Step, f: object, state: Mapping[int, Tensor]) -> None:
         raise ValueError(
             f"{step.name}: expected it to return a tensor of shape "
             f"{list(state[step.slot].shape)}, as the one before, got {list(f.shape)}"
+        )
+    if step.alpha is not None and (f.dim() < 2 or f.shape[1] != step.alpha.numel()):
+        raise ValueError(
+            f"{step.name}: expected it to return [B, C, ...], C = {step.alpha.numel()} by the "
+            f"column's channels, got shape {list(f.shape)}"
         )
 
 
@@ -530,3 +581,7 @@ class _WithoutEffect(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         (unused,) = ctx.saved_tensors
         return grad, torch.zeros_like(unused)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Tensor | None) -> Tensor:
+        return tangent.view_as(tangent)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 
 from ... import checks
@@ -59,7 +60,8 @@ class ReversibleColumn(nn.Module):
         also_above: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
-        levels, channels = list(levels), list(channels)
+        levels = checks.check_list("levels", levels, "modules")
+        channels = checks.check_list("channels", channels, "a number for each level")
         if not levels:
             raise ValueError("levels: expected at least one module, got none")
         for level in levels:
@@ -69,14 +71,25 @@ class ReversibleColumn(nn.Module):
             raise ValueError(
                 f"channels: expected one number for each of {len(levels)} levels, got {channels}"
             )
-        if isinstance(init_scale, bool) or not isinstance(init_scale, Real):
-            raise TypeError(f"init_scale: expected a number, got {type(init_scale).__name__}")
-        if not math.isfinite(init_scale):
-            raise ValueError(f"init_scale: expected a finite number, got {init_scale}")
+        init_scale = checks.check_finite("init_scale", init_scale)
+        most = torch.finfo(torch.float32).max
+        if abs(init_scale) > most:
+            raise ValueError(f"init_scale: expected at most {most:.3g} (float32), got {init_scale}")
         self.num_levels = len(levels)
-        self.also_above = {i: tuple(others) for i, others in (also_above or {}).items()}
+        also_above = {} if also_above is None else also_above
+        if not isinstance(also_above, Mapping):
+            raise TypeError(
+                "also_above: expected a mapping from levels to lists of levels, "
+                f"got {type(also_above).__name__}"
+            )
+        self.also_above = {
+            i: tuple(checks.check_list(f"also_above[{i}]", others, "levels"))
+            for i, others in also_above.items()
+        }
         for i, others in self.also_above.items():
             checks.check_int("also_above", i, 0, len(levels) - 1, "the last level")
+            if others and i == len(levels) - 1:
+                raise ValueError(f"also_above[{i}]: expected none above the last, got {others}")
             for other in others:
                 checks.check_int(
                     f"also_above[{i}]", other, i + 1, len(levels) - 1, "the last level"
@@ -101,6 +114,10 @@ class ReversibleColumn(nn.Module):
 
         Each is kept for backward, as autograd does: `ReversibleColumns` is what rebuilds them.
         """
+        if not isinstance(below, Tensor):
+            raise TypeError(f"below: expected a torch.Tensor, got {type(below).__name__}")
+        if previous is not None:
+            previous = checks.check_list("previous", previous, "features")
         if previous is not None and len(previous) != self.num_levels:
             raise ValueError(
                 f"previous: expected {self.num_levels} features or None, got {len(previous)}"
@@ -154,7 +171,7 @@ class _Chain(nn.Module):
         self.exact = exact
         self.drift_check = drift_check
         self.drift_bound = float(drift_bound)
-        self.generators = tuple(generators)
+        self.generators = tuple(checks.check_list("generators", generators, "torch.Generators"))
         for generator in self.generators:
             if not isinstance(generator, torch.Generator):
                 raise TypeError(
@@ -177,6 +194,7 @@ class _Chain(nn.Module):
             # a graph for inference, and torch.func, have a use for the plain formula only
             and not torch.compiler.is_exporting()
             and not torch._C._are_functorch_transforms_active()
+            and forward_ad._current_level < 0
             and not any(is_lazy(p) for step in steps for p in step.parameters())
             and (
                 any(tensor.requires_grad for tensor in start.values())
@@ -202,8 +220,13 @@ class ReversibleColumns(_Chain):
 
     Levels run twice: with the same random numbers and autocast, and with the buffers as they were,
     which change once.  Gradients to parameters come from one node of autograd, when all are known.
-    A second derivative raises.  In torch.export, torch.func, and where no gradient is wanted, the
-    plain form runs.  Columns are not called themselves: hooks belong on their levels.
+    A second derivative raises.  In torch.export, torch.func, forward mode, and where no gradient is
+    wanted, the plain form runs.  Columns are not called themselves: hooks belong on their levels.
+
+    Alphas small in magnitude end the exactness sooner, after about 24 / log2(1 / |alpha|) columns,
+    be it of one channel: of alpha = 0.01, three or four.  `drift_check=True` raises then.  Levels
+    give gradients through what they return alone: losses of what a forward hook, or an attribute,
+    takes out of them do not reach parameters.
 
     Args:
         columns: `ReversibleColumn`s of as many levels each.
@@ -232,7 +255,7 @@ class ReversibleColumns(_Chain):
         exact: bool = True,
     ) -> None:
         super().__init__(reversible, drift_check, drift_bound, generators, exact)
-        columns = list(columns)
+        columns = checks.check_list("columns", columns, "viops.nn.ReversibleColumns")
         for column in columns:
             if not isinstance(column, ReversibleColumn):
                 raise TypeError(
@@ -273,7 +296,14 @@ class ReversibleColumns(_Chain):
                     f"columns[{i}]: expected hooks on its levels, got some on the column, which is "
                     "not called"
                 )
-        wanted = [len(columns) - 1] if return_columns is None else list(return_columns)
+            if type(column).forward is not ReversibleColumn.forward or "forward" in vars(column):
+                raise ValueError(
+                    f"columns[{i}]: expected ReversibleColumn's forward, got another, which is not "
+                    "called"
+                )
+        wanted = [len(columns) - 1]
+        if return_columns is not None:
+            wanted = checks.check_list("return_columns", return_columns, "places of columns")
         for index in wanted:
             checks.check_int("return_columns", index, 0, len(columns) - 1, "the last column")
         steps = [step for i, column in enumerate(columns) for step in column.steps(i == 0, f"{i}.")]
@@ -312,10 +342,8 @@ class ReversibleBlocks(_Chain):
     ) -> None:
         super().__init__(reversible, drift_check, drift_bound, generators, exact)
         self.blocks = nn.ModuleList()
-        for block in blocks:
-            if isinstance(block, (str, nn.Module)) and not isinstance(block, Iterable):
-                raise TypeError(f"blocks: expected pairs of modules, got {type(block).__name__}")
-            pair = list(block)
+        for block in checks.check_list("blocks", blocks, "pairs of modules"):
+            pair = checks.check_list("blocks", block, "pairs of modules")
             for branch in pair:
                 if not isinstance(branch, nn.Module):
                     raise TypeError(
@@ -335,7 +363,8 @@ class ReversibleBlocks(_Chain):
         steps = [
             Step(f"blocks.{i}.{stream}", branch, stream, (1 - stream,), None, True)
             for i, pair in enumerate(self.blocks)
-            for stream, branch in enumerate(pair.children())
+            # children() would drop one that is there twice
+            for stream, branch in enumerate(cast(nn.ModuleList, pair))
         ]
         (state,) = self._run(steps, {0: x1, 1: x2}, [len(steps) - 1])
         return state[0], state[1]

@@ -4,6 +4,7 @@ same autocast, and the buffers as they were, which it leaves as it finds them.""
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -13,12 +14,14 @@ from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 _PLAIN_TYPES = frozenset((bool, int, float, str, set, type(None)))
+#: Attributes that torch gives each module: none of them holds generators.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def generators_of(modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> list[Generator]:
     """The default generators of the CPU and these devices, and those of modules' attributes.
 
-    Attributes may be lists, tuples and dictionaries of generators too.
+    Attributes may be lists, tuples and dictionaries of generators, or of such, too.
     """
     found = [torch.default_generator]
     for device in devices:
@@ -27,15 +30,19 @@ def generators_of(modules: Iterable[nn.Module], devices: Iterable[torch.device])
             found.append(of_device[device.index or 0])
     for module in modules:
         for name, value in vars(module).items():
-            if type(value) in _PLAIN_TYPES:  # most are, and Generator's metaclass is slow to ask
-                continue
-            if isinstance(value, (list, tuple, dict)):
-                if value and name[0] != "_":
-                    values = value.values() if isinstance(value, dict) else value
-                    found += (entry for entry in values if isinstance(entry, Generator))
-            elif isinstance(value, Generator):
-                found.append(value)
+            # most are, and Generator's metaclass is slow to ask
+            if type(value) not in _PLAIN_TYPES and name not in _OF_EVERY_MODULE:
+                found += _generators_in(value)
     return list(dict.fromkeys(found))
+
+
+def _generators_in(value: object, depth: int = 3) -> Iterator[Generator]:
+    if isinstance(value, (list, tuple, dict)):
+        for entry in (value.values() if isinstance(value, dict) else value) if depth else ():
+            if type(entry) not in _PLAIN_TYPES:
+                yield from _generators_in(entry, depth - 1)
+    elif isinstance(value, Generator):
+        yield value
 
 
 class _Changes(NamedTuple):
@@ -130,7 +137,7 @@ class Autocast:
 
 
 class Setting:
-    """What a module finds when it runs: parameters, buffers and training flags of all its parts.
+    """What a module finds when it runs: modules, parameters, buffers and training flags in it.
 
     Made before a run; `ran` comes after it, and `again` is around a second one.  Parameters that
     are sharded are left to who gathers them.
@@ -139,12 +146,13 @@ class Setting:
     def __init__(self, parts: Sequence[nn.Module], is_sharded: bool = False) -> None:
         self._parts = parts
         self._training = [part.training for part in self._parts]
+        self._modules = [dict(part._modules) for part in self._parts]
         self._is_sharded = is_sharded
         self._parameters = [{} if is_sharded else dict(part._parameters) for part in self._parts]
         self._buffers = [dict(part._buffers) for part in self._parts]
         buffers = [b for of_part in self._buffers for b in of_part.values() if b is not None]
-        self._copies = {id(buffer): buffer.clone() for buffer in buffers}
-        self._versions = {id(buffer): buffer._version for buffer in buffers}
+        self._copies = _copied({id(buffer): buffer for buffer in buffers})
+        self._versions = {id(buffer): _version(buffer) for buffer in buffers}
         self._used: list[tuple[Tensor, int]] = []
 
     @functools.cached_property
@@ -165,10 +173,11 @@ class Setting:
         buffers = (b for of_part in self._buffers for b in of_part.values() if b is not None)
         unchanged = [buffer for buffer in buffers if id(buffer) not in changed]
         factors = [] if factor is None else [factor]
-        self._used = [(t, t._version) for t in (*self.parameters, *unchanged, *factors)]
+        self._used = [(t, _version(t)) for t in (*self.parameters, *unchanged, *factors)]
 
     def _may_differ(self, part: nn.Module, name: str, buffer: Tensor) -> bool:
-        if part._buffers.get(name) is not buffer or buffer._version != self._versions[id(buffer)]:
+        is_same = part._buffers.get(name) is buffer
+        if not is_same or _version(buffer) != self._versions[id(buffer)]:
             return True
         # norms of torch's write their statistics without a trace
         if buffer.is_cpu:
@@ -177,7 +186,7 @@ class Setting:
 
     def is_as_it_was(self) -> bool:
         """Whether parameters, and buffers that the run left alone, have not been written since."""
-        return all(tensor._version == version for tensor, version in self._used)
+        return all(_version(tensor) == version for tensor, version in self._used)
 
     @contextmanager
     def again(self, replaced: Mapping[int, nn.Parameter]) -> Iterator[None]:
@@ -185,21 +194,53 @@ class Setting:
 
         At the end it has what it had at the beginning.
         """
-        own = [(part.training, part._parameters, part._buffers) for part in self._parts]
-        copies = {key: copy.clone() for key, copy in self._copies.items()}
+        names = ("training", "_modules", "_parameters", "_buffers")
+        own = [{name: vars(part)[name] for name in names} for part in self._parts]
+        copies = _copied(self._copies)
         try:
-            for part, training, parameters, buffers in zip(
-                self._parts, self._training, self._parameters, self._buffers, strict=True
+            for part, training, modules, parameters, buffers in zip(
+                self._parts,
+                self._training,
+                self._modules,
+                self._parameters,
+                self._buffers,
+                strict=True,
             ):
-                found: dict[str, Any] = {"training": training}
+                found: dict[str, Any] = {"training": training, "_modules": dict(modules)}
                 if not self._is_sharded:
                     found["_parameters"] = _exchanged(parameters, replaced)
                 found["_buffers"] = _exchanged(buffers, copies)
                 vars(part).update(found)  # setting an attribute takes a module ten times as long
             yield
         finally:
-            for part, (training, parameters, buffers) in zip(self._parts, own, strict=True):
-                vars(part).update(training=training, _parameters=parameters, _buffers=buffers)
+            for part, before in zip(self._parts, own, strict=True):
+                vars(part).update(before)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written; tensors made in inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _copied(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Copies, by the same keys; those of tensors that share memory share theirs alike."""
+    if len(tensors) < 2:
+        return {key: tensor.clone() for key, tensor in tensors.items()}
+    plain = [t for t in tensors.values() if type(t) is Tensor and t.layout is torch.strided]
+    counts = Counter(t.untyped_storage()._cdata for t in plain)
+    storages: dict[int, torch.UntypedStorage] = {}
+    copies = {}
+    for key, tensor in tensors.items():
+        is_plain = type(tensor) is Tensor and tensor.layout is torch.strided
+        place = tensor.untyped_storage()._cdata if is_plain else 0
+        if counts[place] < 2:
+            copies[key] = tensor.clone()
+            continue
+        if place not in storages:
+            storages[place] = tensor.untyped_storage().clone()
+        offset, shape, strides = tensor.storage_offset(), tensor.shape, tensor.stride()
+        copies[key] = tensor.new_empty(0).set_(storages[place], offset, shape, strides)
+    return copies
 
 
 def _exchanged(named: Mapping[str, Any], others: Mapping[int, Any]) -> dict[str, Any]:
